@@ -1,0 +1,139 @@
+"""One layer with experts: ``base(x) + core + gated contexts``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from timestep_experts.mixture.lowrank import ExpertStack, LayerGeometry, apply_experts
+from timestep_experts.mixture.router import Router
+from timestep_experts.mixture.spec import MixtureSpec, Scale
+
+Mode = Literal["off", "foster", "switch", "route"]
+
+
+@dataclass
+class Routing:
+    """The timesteps of the running forward pass and who owns them: ``t (B,)`` fp32, ``owners[scale] (B,)`` int64."""
+
+    t: Tensor
+    owners: dict[str, Tensor]
+
+
+@dataclass
+class Binding:
+    """What all layers of one mixture share: its form, its mode, and the timesteps of the running forward pass.
+
+    Args:
+        spec: of the mixture.
+        mode: which experts speak.
+        fostered: the scales that speak, ungated, in mode ``foster``.
+        routing: set by the denoiser's hook before every forward pass.
+        gate_log: where layers leave their gates while a caller records them, by layer name.
+    """
+
+    spec: MixtureSpec
+    mode: Mode = "off"
+    fostered: tuple[str, ...] = ()
+    routing: Routing | None = None
+    gate_log: dict[str, list[Tensor]] | None = None
+
+    def route_to(self, t: Tensor) -> None:
+        """Bind the timesteps ``(B,)`` of the next forward pass; the one place where owners are looked up."""
+        owners = {scale.name: scale.partition.index_of(t) for scale in self.spec.scales}
+        self.routing = Routing(t, owners)
+
+    def active_scales(self) -> list[tuple[Scale, ...]]:
+        """The scales that speak in this mode: the cores first, then the contexts; a role without any is left out."""
+        speaking = [scale for scale in self.spec.scales if self._speaks(scale)]
+        roles = (tuple(s for s in speaking if not s.gated), tuple(s for s in speaking if s.gated))
+        return [role for role in roles if role]
+
+    def _speaks(self, scale: Scale) -> bool:
+        if self.mode == "foster":
+            return scale.name in self.fostered
+        return self.mode == "route" or (self.mode == "switch" and scale.constant_gate != 0)
+
+
+class MixtureLayer(nn.Module):
+    """A base layer and its experts, one stack per scale, with a router if any scale is gated.
+
+    Attributes that this module lacks are read from the base layer, so code that looks at ``weight`` or
+    ``in_features`` keeps working.
+    """
+
+    def __init__(self, base_layer: nn.Module, binding: Binding, name: str) -> None:
+        super().__init__()
+        spec = binding.spec
+        self.base_layer = base_layer
+        self.name = name
+        self.binding = binding
+        self.geometry = LayerGeometry.of(base_layer, name)
+        self.experts = nn.ModuleDict(
+            {s.name: ExpertStack(self.geometry, len(s.partition), s.rank, s.alpha, name) for s in spec.scales}
+        )
+        self.router = None
+        if spec.gated_scales:
+            self.router = Router(
+                self.geometry.in_features,
+                len(spec.gated_scales),
+                int(spec.strata.num_train_timesteps),
+                spec.router_input,
+                spec.gate,
+                spec.router_knots,
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        """Fall back to the base layer."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``base(x)`` plus what the mode lets the experts say; shapes are the base layer's.
+
+        Core and context scales are applied one after the other, each set in the fused form: so a router that says
+        nothing leaves switching unchanged to the bit, which one joint product over all ranks would not.
+        """
+        y: Tensor = self.base_layer(x)
+        binding = self.binding
+        if binding.mode == "off":
+            return y
+        routing = binding.routing
+        if routing is None:
+            raise RuntimeError(
+                f"{self.name}: the experts know no timestep. Call the denoiser itself (its hook reads the timestep),"
+                " or bind one with Mixture.at(t)."
+            )
+        repeats = x.shape[0] // routing.t.shape[0]  # frames or views of one sample stand next to each other
+        seen = functional.dropout(x, binding.spec.dropout, self.training) if binding.spec.dropout else x
+        for scales in binding.active_scales():
+            gates = self._gates(scales, x, routing.t.repeat_interleave(repeats))
+            stacks = [self.experts[scale.name] for scale in scales]
+            owners = [routing.owners[scale.name].repeat_interleave(repeats) for scale in scales]
+            y = apply_experts(y, seen, stacks, owners, gates, self.geometry)  # type: ignore[arg-type]  # ModuleDict
+        return y
+
+    def _gates(self, scales: Sequence[Scale], x: Tensor, t: Tensor) -> Tensor:
+        """Gates of scales of one role, ``(B, m)`` or ``(B, N, m)`` fp32."""
+        binding = self.binding
+        constants = [1.0 if binding.mode == "foster" else scale.constant_gate for scale in scales]
+        resting = torch.stack([torch.full_like(t, gate) for gate in constants], -1)
+        if binding.mode != "route" or self.router is None or not scales[0].gated:
+            return resting
+        routed: Tensor = self.router(self._positions(x), t)
+        if binding.gate_log is not None:
+            binding.gate_log.setdefault(self.name, []).append(routed.detach())
+        return routed + (resting if routed.dim() == 2 else resting[:, None])
+
+    def _positions(self, x: Tensor) -> Tensor:
+        """The layer's input as ``(B, N, k)``."""
+        if self.geometry.kernel_size:
+            return x.flatten(2).transpose(1, 2)
+        return x.reshape(x.shape[0], -1, x.shape[-1])

@@ -1,0 +1,306 @@
+"""Attach a mixture of timestep experts to any network, and take it off again."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timestep_experts.mixture.layer import Binding, MixtureLayer, Mode
+from timestep_experts.mixture.lowrank import ExpertStack
+from timestep_experts.mixture.spec import MixtureSpec
+
+MODES: tuple[Mode, ...] = ("off", "foster", "switch", "route")
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a mixture.
+
+    Args:
+        stored: all experts and routers, as in a bundle.
+        active: what one sample meets at one timestep in the current mode.
+        trainable: those that require gradients now.
+    """
+
+    stored: int
+    active: int
+    trainable: int
+
+
+def match_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
+    """Names of the modules that patterns select, by PEFT's rules; layers that already carry experts never match.
+
+    Args:
+        model: any network.
+        target_modules: a regular expression that a full name must match, or a list of which an element must equal the
+            name or its last dotted parts.
+    """
+    carriers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, MixtureLayer))
+    free = (
+        name
+        for name, module in model.named_modules()
+        if name and not isinstance(module, MixtureLayer) and not name.startswith(carriers)
+    )
+    if isinstance(target_modules, str):
+        return [name for name in free if re.fullmatch(target_modules, name)]
+    endings = tuple(f".{target}" for target in target_modules)
+    return [name for name in free if name in target_modules or name.endswith(endings)]
+
+
+class Mixture:
+    """The experts attached to one network. Made by `attach` or found by `of`; `detach` undoes it.
+
+    The network is used as before: a hook reads ``timestep`` from each call and hands it to the layers.
+    """
+
+    def __init__(self, model: nn.Module, binding: Binding, layers: dict[str, MixtureLayer]) -> None:
+        self.model = model
+        self.layers = layers
+        self._binding = binding
+
+    @classmethod
+    def attach(
+        cls,
+        model: nn.Module,
+        spec: MixtureSpec,
+        target_modules: str | Sequence[str],
+        *,
+        timestep_argument: str = "timestep",
+        seed: int = 0,
+    ) -> Mixture:
+        """Give every target module its experts, in mode ``off``. B is zero, so nothing changes until training.
+
+        Args:
+            model: the denoiser; its ``forward`` takes ``timestep_argument``, a number or a tensor of 1 or B values.
+            spec: scales and router form.
+            target_modules: see `match_targets`; every element of a list must match something.
+            timestep_argument: the name of that argument. Without it (text encoders) bind timesteps with `at`.
+            seed: of the initial A.
+
+        Raises:
+            ValueError: the model already carries a mixture, a pattern matches nothing, or a match cannot carry experts.
+        """
+        if any(isinstance(module, MixtureLayer) for module in model.modules()):
+            raise ValueError(f"this {type(model).__name__} already carries a mixture of experts; detach it first")
+        names = match_targets(model, target_modules)
+        _require_matches(model, target_modules, names)
+        binding = Binding(spec)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            layers = {name: MixtureLayer(model.get_submodule(name), binding, name) for name in names}
+        for name, layer in layers.items():
+            first = next(iter(layer.base_layer.parameters()), None)
+            layer.experts.to(first.device if first is not None else None)
+            if layer.router is not None:
+                layer.router.to(first.device if first is not None else None)
+            layer.train(layer.base_layer.training)
+            _replace_module(model, name, layer)
+        reader = _TimestepReader(binding, _argument_position(model, timestep_argument), timestep_argument)
+        model.register_forward_pre_hook(reader.read, with_kwargs=True)
+        return cls(model, binding, layers)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Mixture:
+        """The mixture that a model (or a deep copy of one) carries.
+
+        Raises:
+            ValueError: it carries none.
+        """
+        layers = {module.name: module for module in model.modules() if isinstance(module, MixtureLayer)}
+        if not layers:
+            raise ValueError(f"this {type(model).__name__} carries no mixture of experts")
+        return cls(model, next(iter(layers.values())).binding, layers)
+
+    def detach(self) -> None:
+        """Put the base layers back and remove the hook; the model's ``state_dict`` is what it was, to the byte."""
+        for name, layer in self.layers.items():
+            _replace_module(self.model, name, layer.base_layer)
+        for key, hook in list(self.model._forward_pre_hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), _TimestepReader):
+                del self.model._forward_pre_hooks[key]
+                self.model._forward_pre_hooks_with_kwargs.pop(key, None)
+        for module in self.model.modules():
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if isinstance(function, _RoutedCheckpoint):
+                module._gradient_checkpointing_func = function.function  # type: ignore[assignment]
+
+    @property
+    def spec(self) -> MixtureSpec:
+        """Scales and router form."""
+        return self._binding.spec
+
+    @property
+    def mode(self) -> Mode:
+        """Which experts speak: ``off``, ``foster``, ``switch`` or ``route``."""
+        return self._binding.mode
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        if mode not in MODES:
+            raise ValueError(f"unknown mode {mode!r}: allowed are {', '.join(MODES)}")
+        self._binding.mode = mode
+
+    def foster(self, *scale_names: str) -> None:
+        """Mode ``foster``: the experts of these scales speak, ungated, and no others."""
+        self._binding.fostered = tuple(self.spec.scale(name).name for name in scale_names)
+        self._binding.mode = "foster"
+
+    def set_resting_gates(self, gate: float) -> None:
+        """Set the gate of every context scale where no router speaks (0: fostered alone, 1: fostered jointly)."""
+        self._binding.spec = self.spec.with_resting_gates(gate)
+
+    @contextmanager
+    def at(self, t: Tensor) -> Iterator[None]:
+        """Bind timesteps ``(B,)`` by hand, for a network whose ``forward`` takes none."""
+        before = self._binding.routing
+        self._binding.route_to(t.reshape(-1).float())
+        try:
+            yield
+        finally:
+            self._binding.routing = before
+
+    @contextmanager
+    def recorded_gates(self) -> Iterator[dict[str, list[Tensor]]]:
+        """Collect what the routers add to the resting gates, ``(B, m)`` per call and layer name, in mode ``route``."""
+        self._binding.gate_log = log = dict[str, list[Tensor]]()
+        try:
+            yield log
+        finally:
+            self._binding.gate_log = None
+
+    def stacks(self, scale_name: str) -> list[ExpertStack]:
+        """The experts of one scale, layer by layer."""
+        name = self.spec.scale(scale_name).name
+        return [layer.experts[name] for layer in self.layers.values()]  # type: ignore[misc]  # ModuleDict
+
+    def router_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The routers' parameters: those of F (weights and biases), and the tables E."""
+        routers = [layer.router for layer in self.layers.values() if layer.router is not None]
+        maps = [p for router in routers for p in (router.F, router.bias) if p is not None]
+        return maps, [router.E for router in routers if router.E is not None]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every expert and router tensor, by ``<module>.experts.<scale>.A`` and the like; nothing of the base."""
+        return {
+            f"{name}.{key}": value
+            for name, layer in self.layers.items()
+            for key, value in layer.state_dict().items()
+            if not key.startswith("base_layer.")
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Fill in what `state_dict` gave.
+
+        Raises:
+            ValueError: listing every missing, unexpected and differently shaped tensor; nothing is loaded then.
+        """
+        own = self.state_dict()
+        problems = [f"missing: {key}" for key in own.keys() - state.keys()]
+        problems += [f"unexpected: {key}" for key in state.keys() - own.keys()]
+        problems += [
+            f"{key}: the model has {tuple(own[key].shape)}, the file {tuple(state[key].shape)}"
+            for key in own.keys() & state.keys()
+            if own[key].shape != state[key].shape
+        ]
+        if problems:
+            raise ValueError("these experts do not fit the model:\n  " + "\n  ".join(sorted(problems)))
+        with torch.no_grad():
+            for key, value in own.items():
+                value.copy_(state[key])
+
+    def count_parameters(self) -> ParameterCount:
+        """Stored, active and trainable parameters of the experts and routers."""
+        state = self.state_dict()
+        active = 0
+        for layer in self.layers.values():
+            scales = [scale for role in self._binding.active_scales() for scale in role]
+            active += sum(layer.geometry.num_expert_parameters(scale.rank) for scale in scales)
+            if self.mode == "route" and layer.router is not None:
+                rows = [p if p is not layer.router.E else p[0] for p in layer.router.parameters()]
+                active += sum(row.numel() for row in rows)
+        trainable = sum(p.numel() for p in self._own_parameters() if p.requires_grad)
+        return ParameterCount(sum(value.numel() for value in state.values()), active, trainable)
+
+    def _own_parameters(self) -> Iterator[nn.Parameter]:
+        for layer in self.layers.values():
+            yield from layer.experts.parameters()
+            if layer.router is not None:
+                yield from layer.router.parameters()
+
+
+@dataclass
+class _TimestepReader:
+    """The hook on the denoiser: reads the timestep of a call, spreads it over the batch, binds it."""
+
+    binding: Binding
+    position: int | None
+    argument: str
+
+    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.binding.mode == "off" or self.position is None:
+            return
+        sample = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+        t = kwargs[self.argument] if self.argument in kwargs else args[self.position]
+        t = torch.as_tensor(t, device=sample.device).reshape(-1).float()
+        self.binding.route_to(t.expand(sample.shape[0]) if t.shape[0] == 1 else t)
+        if torch.is_grad_enabled():
+            self._keep_routing_through_checkpoints(module)
+
+    def _keep_routing_through_checkpoints(self, module: nn.Module) -> None:
+        for child in module.modules():
+            function = getattr(child, "_gradient_checkpointing_func", None)
+            if function is not None and not isinstance(function, _RoutedCheckpoint):
+                child._gradient_checkpointing_func = _RoutedCheckpoint(self.binding, function)  # type: ignore[assignment]
+
+
+@dataclass
+class _RoutedCheckpoint:
+    """A checkpoint function whose recomputation sees the timesteps of its own forward pass, not of the latest one."""
+
+    binding: Binding
+    function: Callable[..., Any]
+
+    def __call__(self, run: Callable[..., Any], *args: Any) -> Any:
+        routing = self.binding.routing
+
+        def run_as_routed(*inputs: Any) -> Any:
+            latest, self.binding.routing = self.binding.routing, routing
+            try:
+                return run(*inputs)
+            finally:
+                self.binding.routing = latest
+
+        return self.function(run_as_routed, *args)
+
+
+def _require_matches(model: nn.Module, target_modules: str | Sequence[str], names: list[str]) -> None:
+    patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+    unmatched = [p for p in patterns if not isinstance(target_modules, str) and not _any_ends(names, p)]
+    if names and not unmatched:
+        return
+    leaves = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if name and not list(m.children())})
+    raise ValueError(
+        f"target modules {unmatched or patterns} match no layer of this {type(model).__name__};"
+        f" its layers end in: {', '.join(leaves)}"
+    )
+
+
+def _any_ends(names: list[str], target: str) -> bool:
+    return any(name == target or name.endswith(f".{target}") for name in names)
+
+
+def _replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _argument_position(model: nn.Module, argument: str) -> int | None:
+    names = list(inspect.signature(model.forward).parameters)
+    return names.index(argument) if argument in names else None

@@ -1,0 +1,1 @@
+"""The embedded world: captioned scenes made by code, and the judge that reads them back."""
