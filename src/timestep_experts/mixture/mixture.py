@@ -152,6 +152,16 @@ class Mixture:
         self._binding.fostered = tuple(self.spec.scale(name).name for name in scale_names)
         self._binding.mode = "foster"
 
+    @contextmanager
+    def using(self, mode: Mode) -> Iterator[None]:
+        """Another mode for a while, then back to the one before."""
+        before = self.mode
+        self.mode = mode
+        try:
+            yield
+        finally:
+            self._binding.mode = before
+
     def set_resting_gates(self, gate: float) -> None:
         """Set the gate of every context scale where no router speaks (0: fostered alone, 1: fostered jointly)."""
         self._binding.spec = self.spec.with_resting_gates(gate)

@@ -1,0 +1,238 @@
+"""Where captioned pictures come from: a folder, a metadata file, a Hugging Face dataset, or the embedded world.
+
+Whatever cannot be used is kept as a `Skipped` with its place and the reason; nothing is dropped silently.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from timestep_experts.world.render import DOMAINS, render
+from timestep_experts.world.scenes import draw_scenes
+
+PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+CAPTION_COLUMNS = ("text", "caption", "prompt")
+WORLD_PREFIX = "world/"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One captioned picture.
+
+    Args:
+        place: where it is, for people: a path, or a row of a dataset.
+        caption: never empty.
+        read: gives the encoded file's bytes; called when the picture is needed.
+    """
+
+    place: str
+    caption: str
+    read: Callable[[], bytes]
+
+    def open(self) -> Image.Image:
+        """Decode to RGB; transparency is laid on white.
+
+        Raises:
+            OSError: missing, truncated or not a picture.
+        """
+        try:
+            picture: Image.Image = Image.open(io.BytesIO(self.read()))
+            picture.load()
+        except (UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise OSError(f"not a readable picture: {error}") from error
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            layer = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        return picture.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Something found that cannot be used, and why."""
+
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Usable examples in a fixed order, and what was skipped on the way."""
+
+    examples: tuple[Example, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def open_dataset(path: str, *, max_samples: int | None, seed: int, held_out: bool = False) -> PictureSet:
+    """Find captioned pictures.
+
+    Args:
+        path: ``world/flat`` or ``world/neon`` (the embedded world); a folder with ``metadata.jsonl`` or
+            ``metadata.csv`` (column ``file_name`` and one of ``text``, ``caption``, ``prompt``) or with a same-stem
+            ``.txt`` beside each picture; a dataset saved by ``datasets``, or the id of one on the hub.
+        max_samples: use the first so many; ``None`` means all (2,048 of an endless world).
+        seed: of the embedded world's pictures.
+        held_out: draw the embedded world's held-out captions; other sources have no such set.
+
+    Raises:
+        ValueError: nothing usable is there; names what was skipped.
+    """
+    if path.startswith(WORLD_PREFIX):
+        return _world(path.removeprefix(WORLD_PREFIX), max_samples or 2048, seed, held_out)
+    folder = Path(path).expanduser()
+    is_plain_folder = folder.is_dir() and not _is_saved_dataset(folder)
+    found = list(_folder(folder) if is_plain_folder else _hugging_face(path))
+    examples = tuple(item for item in found if isinstance(item, Example))[:max_samples]
+    skipped = tuple(item for item in found if isinstance(item, Skipped))
+    if not examples:
+        raise ValueError(f"no usable captioned picture in {path!r}{list_skipped(skipped)}")
+    return PictureSet(examples, skipped)
+
+
+def split_by_caption(pictures: PictureSet, held_out_share: float, seed: int) -> tuple[PictureSet, PictureSet]:
+    """Set aside a share of the captions, with all their pictures: (training, validation).
+
+    A caption's side depends on its text and the seed alone, so adding pictures moves none.
+
+    Raises:
+        ValueError: one of the sides would be empty.
+    """
+    sides: tuple[list[Example], list[Example]] = ([], [])
+    for example in pictures.examples:
+        digest = hashlib.sha256(f"{seed}:{example.caption}".encode()).digest()
+        sides[int.from_bytes(digest[:4], "big") < held_out_share * 2**32].append(example)
+    if not all(sides):
+        raise ValueError(
+            f"setting aside {held_out_share:.0%} of the captions of {len(pictures.examples)} pictures leaves no"
+            f" {'training' if not sides[0] else 'validation'} picture; name a validation set of its own"
+        )
+    return PictureSet(tuple(sides[0]), pictures.skipped), PictureSet(tuple(sides[1]), ())
+
+
+def list_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:
+    """A listing for messages: count, then places and reasons, at most ``limit`` of them."""
+    if not skipped:
+        return ""
+    lines = [f"\n  {item.place}: {item.reason}" for item in skipped[:limit]]
+    rest = len(skipped) - limit
+    return f"; skipped {len(skipped)}:" + "".join(lines) + (f"\n  ... and {rest} more" if rest > 0 else "")
+
+
+def _folder(folder: Path) -> Iterator[Example | Skipped]:
+    for name in ("metadata.jsonl", "metadata.csv"):
+        if (folder / name).is_file():
+            yield from (_listed(folder, place, row) for place, row in _metadata_rows(folder / name))
+            return
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in PICTURE_SUFFIXES:
+            yield _with_text_file(path)
+
+
+def _metadata_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
+    """Each row with its place; a row that cannot be read is the reason why."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if path.suffix == ".csv":
+            yield from ((f"{path}:{number}", row) for number, row in enumerate(csv.DictReader(file), 2))
+            return
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                    yield f"{path}:{number}", row if isinstance(row, dict) else "not a JSON object"
+                except json.JSONDecodeError as error:
+                    yield f"{path}:{number}", f"not JSON: {error}"
+
+
+def _listed(folder: Path, place: str, row: Mapping[str, Any] | str) -> Example | Skipped:
+    if isinstance(row, str):
+        return Skipped(place, row)
+    if not row.get("file_name"):
+        return Skipped(place, "no file_name")
+    path = folder / str(row["file_name"])
+    column = next((name for name in CAPTION_COLUMNS if name in row), None)
+    if column is None:
+        return Skipped(place, f"no caption column; one of {', '.join(CAPTION_COLUMNS)} is needed")
+    return _checked(path, str(row[column] or ""))
+
+
+def _with_text_file(path: Path) -> Example | Skipped:
+    text = path.with_suffix(".txt")
+    if not text.is_file():
+        return Skipped(str(path), f"no caption file {text.name}")
+    try:
+        return _checked(path, text.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        return Skipped(str(text), "not UTF-8 text")
+
+
+def _checked(path: Path, caption: str) -> Example | Skipped:
+    if not path.is_file():
+        return Skipped(str(path), "missing file")
+    if not caption.strip():
+        return Skipped(str(path), "empty caption")
+    return Example(str(path), " ".join(caption.split()), path.read_bytes)
+
+
+def _is_saved_dataset(folder: Path) -> bool:
+    return (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def _hugging_face(path: str) -> Iterator[Example | Skipped]:
+    import datasets  # a heavy import that folders do not need
+
+    try:
+        if _is_saved_dataset(Path(path)):
+            loaded = datasets.load_from_disk(path)
+            table = loaded["train"] if isinstance(loaded, datasets.DatasetDict) else loaded
+        else:
+            table = datasets.load_dataset(path, split="train")
+    except Exception as error:  # the library raises many kinds; all mean "not there"
+        raise ValueError(f"{path!r} is no folder, and cannot be loaded as a dataset: {error}") from error
+    picture = next((name for name, kind in table.features.items() if isinstance(kind, datasets.Image)), None)
+    column = next((name for name in CAPTION_COLUMNS if name in table.features), None)
+    if picture is None or column is None:
+        raise ValueError(
+            f"dataset {path!r} needs an image column and one of {', '.join(CAPTION_COLUMNS)};"
+            f" it has {', '.join(table.features)}"
+        )
+    table = table.cast_column(picture, datasets.Image(decode=False))
+    for row, caption in enumerate(table[column]):
+        if not (caption or "").strip():
+            yield Skipped(f"{path}[{row}]", "empty caption")
+        else:
+            yield Example(f"{path}[{row}]", " ".join(caption.split()), _row_reader(table, row, picture))
+
+
+def _row_reader(table: Any, row: int, column: str) -> Callable[[], bytes]:
+    def read() -> bytes:
+        stored = table[row][column]
+        content: bytes = stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
+        return content
+
+    return read
+
+
+def _world(domain: str, num_samples: int, seed: int, held_out: bool) -> PictureSet:
+    if domain not in DOMAINS:
+        raise ValueError(f"the embedded world has no domain {domain!r}: allowed are {', '.join(DOMAINS)}")
+    scenes = draw_scenes(num_samples, seed=seed, held_out=held_out)
+    pictures = render(scenes, domain, seed=seed)
+
+    def reader(row: int) -> Callable[[], bytes]:
+        def read() -> bytes:
+            buffer = io.BytesIO()
+            Image.fromarray(pictures[row]).save(buffer, "PNG")
+            return buffer.getvalue()
+
+        return read
+
+    examples = (Example(f"{WORLD_PREFIX}{domain}[{i}]", scene.caption, reader(i)) for i, scene in enumerate(scenes))
+    return PictureSet(tuple(examples), ())

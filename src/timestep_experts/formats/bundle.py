@@ -1,0 +1,104 @@
+"""The bundle: one folder that holds everything needed to use a trained mixture and to know how it was made.
+
+``mixture.json`` says what the mixture is and where it belongs, ``mixture.safetensors`` holds its tensors. The format is
+described in ``docs/bundle.md``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from timestep_experts.formats.atomic import atomic_path, write_json, write_tensors
+from timestep_experts.mixture import MixtureSpec, Mode
+
+FORMAT = "timestep-experts/bundle"
+FORMAT_VERSION = 1
+_SPEC = TypeAdapter(MixtureSpec)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A trained mixture.
+
+    Args:
+        spec: scales and router form.
+        target_modules: what `Mixture.attach` is given: the exact module names.
+        tensors: what `Mixture.load_state_dict` is given.
+        mode: how the mixture is meant to be used: ``switch`` after fostering, ``route`` after assembling.
+        base_model: where the base came from, for people.
+        denoiser_class: the base's class name.
+        provenance: how it was made: recipe, seeds, losses, versions; free-form JSON.
+    """
+
+    spec: MixtureSpec
+    target_modules: tuple[str, ...]
+    tensors: Mapping[str, Tensor]
+    mode: Mode
+    base_model: str
+    denoiser_class: str
+    provenance: Mapping[str, Any]
+
+
+def save_bundle(bundle: Bundle, folder: Path) -> None:
+    """Write a bundle, replacing one that stands there; atomic."""
+    document = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "mode": bundle.mode,
+        "base_model": bundle.base_model,
+        "denoiser_class": bundle.denoiser_class,
+        "mixture": _SPEC.dump_python(bundle.spec, mode="json"),
+        "target_modules": list(bundle.target_modules),
+        "provenance": dict(bundle.provenance),
+    }
+    with atomic_path(folder) as draft:
+        draft.mkdir()
+        write_tensors(draft / "mixture.safetensors", bundle.tensors, {"format": FORMAT})
+        write_json(draft / "mixture.json", document)
+
+
+def load_bundle(folder: Path | str) -> Bundle:
+    """Read a bundle.
+
+    Raises:
+        ValueError: there is none, it is damaged, or it was written by a newer version.
+    """
+    folder = Path(folder)
+    document = _read_document(folder / "mixture.json")
+    try:
+        return Bundle(
+            spec=_SPEC.validate_python(document["mixture"]),
+            target_modules=tuple(document["target_modules"]),
+            tensors=load_file(folder / "mixture.safetensors"),
+            mode=document["mode"],
+            base_model=document["base_model"],
+            denoiser_class=document["denoiser_class"],
+            provenance=document["provenance"],
+        )
+    except (KeyError, ValidationError, SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"the bundle {folder} is damaged: {error}") from error
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"no bundle at {path.parent}: it has no {path.name}")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the bundle {path.parent} is damaged: {path.name} is not JSON ({error})") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f"{path} does not describe a bundle: its 'format' should be {FORMAT!r}")
+    if document["format_version"] > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {document['format_version']}; this release reads up to {FORMAT_VERSION}"
+        )
+    return document

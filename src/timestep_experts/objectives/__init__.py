@@ -1,0 +1,5 @@
+"""What is minimised. Needs torch only."""
+
+from timestep_experts.objectives.denoising import squared_error
+
+__all__ = ["squared_error"]

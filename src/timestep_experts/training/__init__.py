@@ -1,0 +1,15 @@
+"""Training the experts: one loop, short stages over it, checkpoints that resume to the byte."""
+
+from timestep_experts.training.assemble import AssembleSettings, assemble
+from timestep_experts.training.foster import FosterMethod, FosterSettings, foster
+from timestep_experts.training.loop import LoopSettings, OptimiserSettings
+
+__all__ = [
+    "AssembleSettings",
+    "FosterMethod",
+    "FosterSettings",
+    "LoopSettings",
+    "OptimiserSettings",
+    "assemble",
+    "foster",
+]

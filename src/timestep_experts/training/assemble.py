@@ -1,0 +1,56 @@
+"""Stage 2, assembling: the experts are frozen, only the routers learn (TSM, eq. 5-7)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from timestep_experts.intervals import Partition
+from timestep_experts.mixture import Mixture
+from timestep_experts.training.batches import BatchPlan
+from timestep_experts.training.learner import Learner
+from timestep_experts.training.loop import Stage
+
+
+@dataclass(frozen=True)
+class AssembleSettings:
+    """How routers learn.
+
+    Args:
+        learning_rate: of F.
+        table_learning_rate: of E; each of its rows is hit by few samples, so it needs far more (50 times by default).
+        max_train_steps: optimiser steps.
+        train_batch_size: samples per step, t over the whole range.
+        caption_dropout: probability of the empty caption.
+        seed: of samples.
+    """
+
+    learning_rate: float
+    table_learning_rate: float
+    max_train_steps: int
+    train_batch_size: int
+    caption_dropout: float
+    seed: int
+
+
+def assemble(mixture: Mixture, settings: AssembleSettings) -> Stage:
+    """The stage that assembles a fostered mixture.
+
+    Raises:
+        ValueError: no scale is gated, so there is nothing to learn.
+    """
+    maps, tables = mixture.router_parameters()
+    kinds = [("router.F", maps, settings.learning_rate), ("router.E", tables, settings.table_learning_rate)]
+    learners = [
+        Learner(name, [(parameter, None) for parameter in parameters], rate, settings.max_train_steps)
+        for name, parameters, rate in kinds
+        if parameters
+    ]
+    if not learners:
+        raise ValueError("nothing to assemble: no scale of this mixture is a gated context")
+    whole = Partition.uniform(1, mixture.spec.strata.num_train_timesteps)
+
+    def speak() -> None:
+        mixture.mode = "route"
+
+    plan = BatchPlan(settings.seed, "assemble", whole, settings.train_batch_size, settings.caption_dropout)
+    return Stage("assemble", learners, plan, speak)

@@ -1,0 +1,114 @@
+"""Checkpoints: complete, atomic, and taken up again by the same command.
+
+Random numbers and data positions are functions of (seed, stage, step), so the step is all there is to know of them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from timestep_experts.formats.atomic import atomic_path, write_json, write_tensors
+
+_STATE, _EXPERTS, _OPTIMISER = "state.json", "experts.safetensors", "optimizer.safetensors"
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    experts: Mapping[str, Tensor],
+    optimiser: torch.optim.Optimizer,
+    identity: Mapping[str, Any],
+    total_limit: int | None,
+) -> None:
+    """Write ``checkpoint-<step>`` and delete the oldest beyond the limit.
+
+    Args:
+        folder: of the stage.
+        step: optimiser steps done.
+        experts: `Mixture.state_dict`.
+        optimiser: its state is stored too.
+        identity: what the run is; a later run must say the same to resume.
+        total_limit: how many checkpoints to keep, ``None`` for all.
+    """
+    tensors, numbers = flatten_optimiser_state(optimiser)
+    with atomic_path(folder / f"checkpoint-{step}") as draft:
+        draft.mkdir()
+        write_tensors(draft / _EXPERTS, experts)
+        write_tensors(draft / _OPTIMISER, tensors)
+        write_json(draft / _STATE, {"step": step, "optimizer": numbers, "identity": dict(identity)})
+    if total_limit is not None:
+        for old in _checkpoints(folder)[:-total_limit]:
+            shutil.rmtree(old)
+
+
+def load_latest_checkpoint(
+    folder: Path, optimiser: torch.optim.Optimizer, identity: Mapping[str, Any]
+) -> tuple[int, dict[str, Tensor]] | None:
+    """Restore the optimiser from the newest checkpoint.
+
+    Returns:
+        Its step and experts, or ``None`` if there is no checkpoint.
+
+    Raises:
+        ValueError: the checkpoint belongs to another run; names what differs.
+    """
+    found = _checkpoints(folder)
+    if not found:
+        return None
+    state = json.loads((found[-1] / _STATE).read_text(encoding="utf-8"))
+    require_same_identity(state["identity"], identity, folder)
+    unflatten_optimiser_state(optimiser, load_file(found[-1] / _OPTIMISER), state["optimizer"])
+    return state["step"], load_file(found[-1] / _EXPERTS)
+
+
+def require_same_identity(stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to mix two runs in one folder.
+
+    Raises:
+        ValueError: naming every setting that differs.
+    """
+    wanted = json.loads(json.dumps(wanted))
+    different = [
+        f"\n  {key}: stored {stored.get(key)!r}, now {wanted.get(key)!r}"
+        for key in sorted({*stored, *wanted})
+        if stored.get(key) != wanted.get(key)
+    ]
+    if different:
+        raise ValueError(
+            f"{folder} holds a run with other settings; choose another output_dir or delete that folder:"
+            + "".join(different)
+        )
+
+
+def flatten_optimiser_state(optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split any torch optimiser's state into tensors and plain numbers, both named ``<parameter>.<entry>``."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for index, entries in optimiser.state_dict()["state"].items():
+        for name, value in entries.items():
+            (tensors if isinstance(value, Tensor) else numbers)[f"{index}.{name}"] = value
+    return tensors, numbers
+
+
+def unflatten_optimiser_state(
+    optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+) -> None:
+    """Undo `flatten_optimiser_state`; parameter groups keep their present settings."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **numbers}.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("checkpoint-*") if (path / _STATE).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))

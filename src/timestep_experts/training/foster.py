@@ -1,0 +1,114 @@
+"""Stage 1, fostering: experts of every scale learn their own intervals (TSM, eq. 3-4, and two ways beyond it)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal
+
+import torch
+
+from timestep_experts.intervals import Partition
+from timestep_experts.mixture import Mixture, Scale
+from timestep_experts.training.batches import BatchPlan
+from timestep_experts.training.learner import Learner
+from timestep_experts.training.loop import Stage
+
+FosterMethod = Literal["independent", "coarse_to_fine", "joint"]
+
+
+@dataclass(frozen=True)
+class FosterSettings:
+    """How experts are fostered.
+
+    Args:
+        method: ``independent`` (the paper): every scale by itself, each expert sees its own samples only.
+            ``coarse_to_fine``: the scales in turn from coarse to fine, each starting as a copy of the coarser one; the
+            steps are shared out among them. ``joint``: all scales at once, ungated, so that coarse experts learn what
+            timesteps share and fine ones the rest.
+        train_batch_size: samples per stratum and step: per expert, where scales are fostered by themselves.
+        learning_rates: per scale, one number per expert.
+        max_train_steps: per scale, one number per expert.
+        caption_dropout: probability of the empty caption.
+        seed: of samples.
+    """
+
+    method: FosterMethod
+    train_batch_size: int
+    learning_rates: Mapping[str, Sequence[float]]
+    max_train_steps: Mapping[str, Sequence[int]]
+    caption_dropout: float
+    seed: int
+
+
+def foster(mixture: Mixture, settings: FosterSettings) -> list[Stage]:
+    """The stages that foster a mixture, to be run in this order.
+
+    Raises:
+        ValueError: ``coarse_to_fine`` on scales that do not nest or differ in rank.
+    """
+    scales = sorted(mixture.spec.scales, key=lambda scale: len(scale.partition))
+    if settings.method == "joint":
+        return [_stage(mixture, settings, scales, mixture.spec.strata, "foster-joint", 1.0)]
+    if settings.method == "independent":
+        return [_stage(mixture, settings, [s], s.partition, f"foster-{s.name}", 1.0) for s in reversed(scales)]
+    _require_nesting(scales)
+    stages = []
+    for coarser, scale in zip([None, *scales[:-1]], scales, strict=True):
+        stage = _stage(mixture, settings, [scale], mixture.spec.strata, f"foster-{scale.name}", 1 / len(scales))
+        stages.append(stage if coarser is None else replace(stage, prepare=_copier(mixture, coarser, scale)))
+    return stages
+
+
+def _stage(
+    mixture: Mixture, settings: FosterSettings, scales: Sequence[Scale], strata: Partition, name: str, share: float
+) -> Stage:
+    names = [scale.name for scale in scales]
+    return Stage(
+        name=name,
+        learners=[learner for scale in scales for learner in _experts(mixture, settings, scale, strata, share)],
+        plan=BatchPlan(settings.seed, name, strata, settings.train_batch_size, settings.caption_dropout),
+        speak=lambda: mixture.foster(*names),
+    )
+
+
+def _experts(
+    mixture: Mixture, settings: FosterSettings, scale: Scale, strata: Partition, share: float
+) -> list[Learner]:
+    stacks = mixture.stacks(scale.name)
+    learners = []
+    for index, interval in enumerate(scale.partition.intervals):
+        owned = sum(interval.covers(stratum) for stratum in strata.intervals)
+        learners.append(
+            Learner(
+                name=f"{scale.name}.{index}",
+                slices=[(tensor, index) for stack in stacks for tensor in (stack.A, stack.B)],
+                learning_rate=settings.learning_rates[scale.name][index],
+                max_train_steps=max(1, round(settings.max_train_steps[scale.name][index] * share)),
+                gradient_share=1 / owned,
+            )
+        )
+    return learners
+
+
+def _require_nesting(scales: Sequence[Scale]) -> None:
+    for coarse, fine in pairwise(scales):
+        if coarse.rank != fine.rank or coarse.alpha != fine.alpha or not coarse.partition.coarsens(fine.partition):
+            raise ValueError(
+                f"coarse_to_fine copies scale {coarse.name!r} into {fine.name!r}: they need the same rank and alpha,"
+                f" and nested intervals; got rank {coarse.rank} and {fine.rank}, alpha {coarse.alpha:g} and"
+                f" {fine.alpha:g}, intervals {coarse.partition} and {fine.partition}"
+            )
+
+
+def _copier(mixture: Mixture, coarse: Scale, fine: Scale) -> Callable[[], None]:
+    owners = torch.tensor([coarse.partition.index_of(interval.lo) for interval in fine.partition.intervals])
+
+    @torch.no_grad()
+    def copy() -> None:
+        for source, target in zip(mixture.stacks(coarse.name), mixture.stacks(fine.name), strict=True):
+            target.A.copy_(source.A[owners.to(source.A.device)])
+            target.B.copy_(source.B[owners.to(source.B.device)])
+
+    return copy

@@ -1,0 +1,74 @@
+"""The unit that is optimised: one expert, or one kind of router parameter, with its own rate, budget and clip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+
+
+@dataclass
+class Learner:
+    """Parameters that learn together, apart from all others.
+
+    An expert is a slice of every layer's stacked tensors. The optimiser is given leaves that share the stack's memory,
+    so each expert has optimiser state, a learning rate, a step budget and a gradient norm of its own, exactly as in a
+    run by itself, whatever the optimiser.
+
+    Args:
+        name: for logs, e.g. ``n8.3``.
+        slices: stacked parameters with the index of this learner's slice; ``None`` takes all of it.
+        learning_rate: its peak.
+        max_train_steps: its budget; afterwards the optimiser no longer sees it.
+        gradient_share: gradients are multiplied by it: 1 / (strata that it owns), so its loss is the mean over its own
+            samples while the total is a sum over strata.
+    """
+
+    name: str
+    slices: list[tuple[nn.Parameter, int | None]]
+    learning_rate: float
+    max_train_steps: int
+    gradient_share: float = 1.0
+    leaves: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.max_train_steps < 1 or self.learning_rate <= 0:
+            raise ValueError(
+                f"{self.name}: steps and learning rate must be positive;"
+                f" got {self.max_train_steps} and {self.learning_rate}"
+            )
+        self.leaves = [p.detach() if i is None else p.detach()[i] for p, i in self.slices]
+
+    def take_gradients(self, max_norm: float | None) -> Tensor:
+        """Give the leaves their share of the gradients and clip them by this learner's own norm; returns the norm."""
+        for leaf, (parameter, index) in zip(self.leaves, self.slices, strict=True):
+            if parameter.grad is not None:
+                leaf.grad = parameter.grad if index is None else parameter.grad[index]
+        gradients = [leaf.grad for leaf in self.leaves if leaf.grad is not None]
+        if self.gradient_share != 1:
+            torch._foreach_mul_(gradients, self.gradient_share)
+        limit = float("inf") if max_norm is None else max_norm
+        return nn.utils.clip_grad_norm_(self.leaves, limit)
+
+    def drop_gradients(self) -> None:
+        """Forget the leaves' gradients; the optimiser skips leaves without one."""
+        for leaf in self.leaves:
+            leaf.grad = None
+
+
+def learning_rate_factor(name: str, num_warmup_steps: int, num_training_steps: int) -> Callable[[int], float]:
+    """A diffusers learning-rate schedule as a pure function of the step, so nothing of it needs to be saved.
+
+    Raises:
+        ValueError: diffusers knows no schedule of that name.
+    """
+    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        schedule = get_scheduler(name, unused, num_warmup_steps=num_warmup_steps, num_training_steps=num_training_steps)
+    except ValueError as error:
+        raise ValueError(f"lr_scheduler: {error}") from error
+    factor: Callable[[int], float] = schedule.lr_lambdas[0]
+    return factor

@@ -1,0 +1,56 @@
+"""What a run leaves to look at: one JSON line per record, and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from torch.utils.tensorboard import SummaryWriter
+
+from timestep_experts.formats.atomic import write_text
+
+
+class RunLog:
+    """Writes ``log.jsonl`` and ``tensorboard/`` in a stage's folder; records after the resumed step are cut off.
+
+    Args:
+        folder: of the stage.
+        start_step: the step from which the run goes on.
+    """
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        path = folder / "log.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            records = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_text(path, "".join(r for r in records if r.endswith("\n") and json.loads(r)["step"] <= start_step))
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Record numbers by name, at an optimiser step."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def __enter__(self) -> RunLog:
+        """Nothing to open."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close both files."""
+        self._file.close()
+        self._board.close()
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """The records of a stage's folder, in order."""
+    path = folder / "log.jsonl"
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
