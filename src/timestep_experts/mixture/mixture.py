@@ -162,10 +162,6 @@ class Mixture:
         finally:
             self._binding.mode = before
 
-    def set_resting_gates(self, gate: float) -> None:
-        """Set the gate of every context scale where no router speaks (0: fostered alone, 1: fostered jointly)."""
-        self._binding.spec = self.spec.with_resting_gates(gate)
-
     @contextmanager
     def at(self, t: Tensor) -> Iterator[None]:
         """Bind timesteps ``(B,)`` by hand, for a network whose ``forward`` takes none."""

@@ -170,7 +170,7 @@ def run_stage(
                 save_checkpoint(folder, done, mixture.state_dict(), optimiser, identity, limit)
             if observe and (done == stage.num_steps or _is_due(done, settings.validation_steps)):
                 observe(done, log)
-                stage.speak()
+                stepper.restart_clock()
     write_json(folder / "identity.json", dict(identity))
     write_tensors(result, mixture.state_dict())
 
@@ -245,11 +245,15 @@ class _Stepper:
         self._forget_log()
         return values
 
+    def restart_clock(self) -> None:
+        """Leave the time since the last log out of the count: it was not spent on training."""
+        self.started = time.perf_counter()
+
     def _forget_log(self) -> None:
         device = self.family.device
         self.loss_sums = torch.zeros(len(self.stage.plan.strata), device=device)
         self.loss_counts = torch.zeros_like(self.loss_sums)
-        self.started = time.perf_counter()
+        self.restart_clock()
 
 
 class _RequiresGrad:

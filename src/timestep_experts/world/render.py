@@ -88,8 +88,9 @@ def _paint_neon(picture: Array, item: SceneObject, x: Array, y: Array, pixel: fl
     outline = _coverage(np.abs(distance) - 0.07, pixel)[..., None]
     glow = (0.35 * np.exp(-np.maximum(distance, 0) / 0.22))[..., None] * (1 - inside)
     fill = colour * (0.28 + 0.62 * marks)
-    lit: Array = picture * (1 - inside) + fill * inside + colour * glow
-    return lit * (1 - outline) + colour * outline
+    lit = picture * (1 - inside) + fill * inside + colour * glow
+    painted: Array = lit * (1 - outline) + colour * outline
+    return painted
 
 
 def _coverage(distance: Array, pixel: float) -> Array:

@@ -1,0 +1,5 @@
+"""``python -m timestep_experts``."""
+
+from timestep_experts.cli import main
+
+main()

@@ -1,0 +1,260 @@
+"""From a recipe to objects: the one place where configuration meets the classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from timestep_experts.config import ExpertsConfig, OptimizerConfig, Recipe, ScaleConfig
+from timestep_experts.data import (
+    EncodedPictures,
+    PictureSet,
+    PictureSettings,
+    encode_dataset,
+    open_dataset,
+    split_by_caption,
+)
+from timestep_experts.data.sources import WORLD_PREFIX
+from timestep_experts.evaluation import LossSettings
+from timestep_experts.inference import SampleSettings
+from timestep_experts.intervals import Partition
+from timestep_experts.mixture import Mixture, MixtureSpec, Scale, asymmetric
+from timestep_experts.models import Family, StableDiffusion
+from timestep_experts.training import AssembleSettings, FosterSettings, LoopSettings, OptimiserSettings
+from timestep_experts.world.judge import ASSETS
+from timestep_experts.world.scenes import parse_caption
+
+BASE_ASSET = "world/base"
+ROUTER_RATE_RATIO = 50
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What all arms of a recipe share.
+
+    Args:
+        family: the loaded base, without experts.
+        train: the training pictures.
+        validation: pictures whose captions no training picture has.
+        references: validation pictures as they are, for Frechet distances.
+        prompts: what pictures are drawn for.
+        is_judged: whether the prompts are captions of the embedded world.
+    """
+
+    family: Family
+    train: EncodedPictures
+    validation: EncodedPictures
+    references: PictureSet
+    prompts: tuple[str, ...]
+    is_judged: bool
+
+
+def build_device(recipe: Recipe) -> torch.device:
+    """The device to train and draw on.
+
+    Raises:
+        ValueError: torch knows no such device.
+    """
+    name = recipe.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"recipe.device: {error}") from error
+
+
+def resolve_model(source: str) -> str:
+    """The folder of the shipped base for ``world/base``, anything else as it is."""
+    return str(ASSETS / "base") if source == BASE_ASSET else str(Path(source).expanduser())
+
+
+def build_family(recipe: Recipe) -> Family:
+    """Load the base model."""
+    family = StableDiffusion.load(resolve_model(recipe.pretrained_model_name_or_path), build_device(recipe))
+    if recipe.training.gradient_checkpointing:
+        family.parts.unet.enable_gradient_checkpointing()
+    return family
+
+
+def build_picture_sets(recipe: Recipe) -> tuple[PictureSet, PictureSet]:
+    """Training and validation pictures."""
+    data = recipe.data
+    found = open_dataset(data.path, max_samples=data.max_train_samples, seed=recipe.seed)
+    if data.validation_path is not None:
+        return found, open_dataset(data.validation_path, max_samples=data.max_validation_samples, seed=recipe.seed)
+    if data.path.startswith(WORLD_PREFIX):
+        limit = data.max_validation_samples or 512
+        return found, open_dataset(data.path, max_samples=limit, seed=recipe.seed + 1, held_out=True)
+    train, validation = split_by_caption(found, data.validation_share, recipe.seed)
+    return train, PictureSet(validation.examples[: data.max_validation_samples], validation.skipped)
+
+
+def build_workshop(recipe: Recipe) -> Workshop:
+    """Load, read and encode what the arms share.
+
+    Raises:
+        ValueError: the base, the data or the prompts are not usable.
+    """
+    family = build_family(recipe)
+    train, validation = build_picture_sets(recipe)
+    cache = recipe.output_dir / "cache"
+    settings = PictureSettings(recipe.resolution, recipe.data.flip)
+    prompts = build_prompts(recipe, validation)
+    return Workshop(
+        family=family,
+        train=encode_dataset(train, settings, family, cache),
+        validation=encode_dataset(validation, PictureSettings(recipe.resolution), family, cache),
+        references=validation,
+        prompts=prompts,
+        is_judged=_is_judged(recipe, prompts),
+    )
+
+
+def build_prompts(recipe: Recipe, validation: PictureSet) -> tuple[str, ...]:
+    """What pictures are drawn for: the recipe's prompts, or different captions of the validation set.
+
+    Raises:
+        ValueError: a prompt file that is not there.
+    """
+    wanted = recipe.evaluation.prompts
+    if isinstance(wanted, Path):
+        if not wanted.is_file():
+            raise ValueError(f"recipe.evaluation.prompts: no file {wanted}")
+        wanted = tuple(line.strip() for line in wanted.read_text(encoding="utf-8").splitlines() if line.strip())
+    if wanted is None:
+        wanted = tuple(dict.fromkeys(example.caption for example in validation.examples))
+    return wanted[: recipe.evaluation.num_prompts]
+
+
+def _is_judged(recipe: Recipe, prompts: tuple[str, ...]) -> bool:
+    if recipe.evaluation.judge != "auto":
+        return recipe.evaluation.judge == "scenes"
+    try:
+        for prompt in prompts:
+            parse_caption(prompt)
+    except ValueError:
+        return False
+    return bool(prompts)
+
+
+def build_spec(experts: ExpertsConfig, num_train_timesteps: int) -> MixtureSpec:
+    """The mixture's form; contexts rest at gate 0."""
+    scales = tuple(_scale(scale, num_train_timesteps) for scale in experts.scales)
+    if all(scale.role == "auto" for scale in experts.scales):
+        scales = asymmetric(scales)
+    return MixtureSpec(scales, experts.router_input, experts.gate, experts.router_knots, experts.dropout)
+
+
+def _scale(config: ScaleConfig, num_train_timesteps: int) -> Scale:
+    if config.boundaries is not None:
+        partition = Partition(config.boundaries)
+        if partition.num_train_timesteps != num_train_timesteps:
+            raise ValueError(
+                f"recipe.experts.scales: the boundaries of {config.label} end at {partition.num_train_timesteps:g};"
+                f" this base model has {num_train_timesteps} timesteps"
+            )
+    else:
+        partition = Partition.uniform(config.num_experts, num_train_timesteps)
+    alpha = config.lora_alpha or config.rank
+    return Scale(config.label, partition, config.rank, alpha, gated=config.role == "context")
+
+
+def build_mixture(recipe: Recipe, family: Family) -> Mixture:
+    """Attach the recipe's experts to the family's denoiser.
+
+    Contexts fostered jointly rest at gate 1: experts that grew up together only fit each other together.
+    """
+    spec = build_spec(recipe.experts, family.num_train_timesteps)
+    if recipe.foster.method == "joint":
+        spec = spec.with_resting_gates(1.0)
+    return Mixture.attach(family.denoiser, spec, recipe.experts.target_modules, seed=recipe.seed)
+
+
+def build_foster_settings(recipe: Recipe) -> FosterSettings:
+    """Stage 1; numbers per expert are spelled out."""
+    foster = recipe.foster
+    scales = recipe.experts.scales
+    return FosterSettings(
+        method=foster.method,
+        train_batch_size=foster.train_batch_size,
+        learning_rates={s.label: _per_expert(s, s.learning_rate, foster.learning_rate) for s in scales},
+        max_train_steps={s.label: _per_expert(s, s.max_train_steps, foster.max_train_steps) for s in scales},
+        caption_dropout=recipe.data.caption_dropout,
+        seed=recipe.seed,
+    )
+
+
+def _per_expert(scale: ScaleConfig, own: Number | tuple[Number, ...] | None, default: Number) -> tuple[Number, ...]:
+    value = default if own is None else own
+    if not isinstance(value, tuple):
+        return (value,) * scale.num_experts
+    if len(value) != scale.num_experts:
+        raise ValueError(
+            f"recipe.experts.scales: {scale.label} has {scale.num_experts} experts; got {len(value)} values {value}"
+        )
+    return value
+
+
+def build_assemble_settings(recipe: Recipe) -> AssembleSettings:
+    """Stage 2.
+
+    Raises:
+        ValueError: the recipe assembles nothing.
+    """
+    if recipe.assemble is None:
+        raise ValueError("recipe.assemble is null: this recipe has no second stage")
+    rate = recipe.assemble.learning_rate
+    return AssembleSettings(
+        learning_rate=rate,
+        table_learning_rate=recipe.assemble.table_learning_rate or ROUTER_RATE_RATIO * rate,
+        max_train_steps=recipe.assemble.max_train_steps,
+        train_batch_size=recipe.assemble.train_batch_size,
+        caption_dropout=recipe.data.caption_dropout,
+        seed=recipe.seed,
+    )
+
+
+def build_optimiser_settings(config: OptimizerConfig) -> OptimiserSettings:
+    """Optimiser and schedule."""
+    return OptimiserSettings(
+        config.name, config.options, config.lr_scheduler, config.lr_warmup_steps, config.max_grad_norm
+    )
+
+
+def build_loop_settings(recipe: Recipe) -> LoopSettings:
+    """What both stages share."""
+    training = recipe.training
+    return LoopSettings(
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        mixed_precision=training.mixed_precision,
+        checkpointing_steps=training.checkpointing_steps,
+        checkpoints_total_limit=training.checkpoints_total_limit,
+        logging_steps=training.logging_steps,
+        validation_steps=training.validation_steps,
+    )
+
+
+def build_loss_settings(recipe: Recipe, partition: Partition) -> LossSettings:
+    """How validation losses are measured, reported by the intervals of ``partition``."""
+    evaluation = recipe.evaluation
+    return LossSettings(
+        partition, evaluation.bins_per_interval, evaluation.num_pictures, 2 * evaluation.batch_size, evaluation.seed
+    )
+
+
+def build_sample_settings(recipe: Recipe) -> SampleSettings:
+    """How pictures are drawn."""
+    evaluation = recipe.evaluation
+    return SampleSettings(
+        evaluation.scheduler,
+        evaluation.num_inference_steps,
+        evaluation.guidance_scale,
+        recipe.resolution,
+        evaluation.batch_size,
+        evaluation.seed,
+    )

@@ -1,0 +1,258 @@
+"""The command line: parsing and printing only."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from timestep_experts.intervals import Interval, Partition
+
+USER_ERROR, OWN_ERROR = 2, 1
+
+app = typer.Typer(
+    name="timestep-experts",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Specialise a diffusion model by noise level: train experts per timestep interval, then **switch** or"
+    " **route** them.\n\nStart with `timestep-experts run recipes/quickstart.yaml`. Any key of a recipe can be"
+    " overridden on the command line: `foster.max_train_steps=100 experts.scales.0.rank=8`.",
+)
+console = Console()
+
+RecipePath = Annotated[Path, typer.Argument(help="A recipe YAML; see the folder recipes/.", metavar="RECIPE")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Overrides, e.g. foster.max_train_steps=100", metavar="[KEY=VALUE]...")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
+Arm = Annotated[str | None, typer.Option(help="Only this arm of the recipe; default: all of them.")]
+
+
+def main() -> None:
+    """Entry point: exit code 0, 2 with one message for a user's error, 1 with a traceback for ours."""
+    with _user_errors():
+        app()
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
+        sys.exit(USER_ERROR)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command goes on from the last checkpoint")
+        sys.exit(130)
+
+
+def _escaped(value: object) -> str:
+    return str(value).replace("[", r"\[")
+
+
+@app.command()
+def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Do everything: foster and assemble all arms, measure them, print the table and write the report."""
+    loaded = _load(recipe, overrides)
+    if dry_run:
+        _print_plan(loaded)
+        return
+    from timestep_experts import jobs
+
+    jobs.prepare_output(loaded)
+    workshop = _workshop(loaded)
+    for arm in loaded.arm_names:
+        _train_arm(loaded, arm, workshop)
+    _evaluate(loaded, workshop)
+
+
+@app.command()
+def foster(recipe: RecipePath, overrides: Overrides = None, arm: Arm = None, dry_run: DryRun = False) -> None:
+    """Stage 1: train the experts of every interval; writes a bundle to switch with."""
+    from timestep_experts import jobs
+
+    _stage(recipe, overrides, arm, dry_run, jobs.foster_arm)
+
+
+@app.command()
+def assemble(recipe: RecipePath, overrides: Overrides = None, arm: Arm = None, dry_run: DryRun = False) -> None:
+    """Stage 2: train the routers of fostered experts; writes a bundle to route with."""
+    from timestep_experts import jobs
+
+    def assemble_if_any(loaded: Any, name: str, workshop: Any) -> None:
+        if arm is not None or jobs.has_second_stage(loaded, name):
+            jobs.assemble_arm(loaded, name, workshop)
+
+    _stage(recipe, overrides, arm, dry_run, assemble_if_any)
+
+
+@app.command()
+def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Measure the trained arms of a recipe, print the table and write the report."""
+    loaded = _load(recipe, overrides)
+    _evaluate(loaded, _workshop(loaded))
+
+
+@app.command()
+def sample(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
+    prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.")],
+    output: Annotated[Path, typer.Option(help="Where to put pictures and a contact sheet.")] = Path("samples"),
+    model: Annotated[str | None, typer.Option(help="The base; default: the one the bundle was made on.")] = None,
+    mode: Annotated[str | None, typer.Option(help="switch, route or off; default: the bundle's own.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Inference steps.")] = 20,
+    guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance scale.")] = 3.0,
+    scheduler: Annotated[str, typer.Option(help="Any scheduler of diffusers.")] = "DPMSolverMultistepScheduler",
+    seed: Annotated[int, typer.Option(help="Picture i starts from seed + i.")] = 0,
+) -> None:
+    """Draw pictures with a trained bundle."""
+    from timestep_experts.jobs.draw import draw
+
+    paths = draw(bundle, prompt, output, model, mode, steps, guidance, scheduler, seed)
+    console.print(f"{len(paths) - 1} pictures and {paths[-1].name} in {output}")
+
+
+@app.command()
+def show(bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")]) -> None:
+    """Print what a bundle is and how it was made."""
+    from timestep_experts.formats import load_bundle
+
+    loaded = load_bundle(bundle)
+    table = Table("scale", "role", "resting gate", "rank", "alpha", "experts", "intervals", title=str(bundle))
+    for scale in loaded.spec.scales:
+        role = "context (gated)" if scale.gated else "core"
+        count = str(len(scale.partition))
+        row = [scale.name, role, f"{scale.constant_gate:g}", str(scale.rank), f"{scale.alpha:g}", count]
+        table.add_row(*row, _escaped(scale.partition))
+    console.print(table)
+    stored = sum(value.numel() for value in loaded.tensors.values())
+    console.print(f"for a {loaded.denoiser_class} ({loaded.base_model}), {len(loaded.target_modules)} modules")
+    console.print(f"{stored:,} parameters stored; meant to be used in mode [bold]{loaded.mode}[/]")
+    console.print_json(json.dumps(dict(loaded.provenance)))
+
+
+@app.command()
+def explain(
+    intervals: Annotated[int | None, typer.Option(min=1, help="Cut into so many equal intervals.")] = None,
+    boundaries: Annotated[str | None, typer.Option(help="Or at these timesteps, e.g. 0,250,1000.")] = None,
+    interval: Annotated[str | None, typer.Option(help="Or one interval lo,hi, e.g. 200,400.")] = None,
+    scheduler: Annotated[str, typer.Option(help="A scheduler of diffusers, or a model's folder.")] = "DDIMScheduler",
+    steps: Annotated[int, typer.Option(min=1, help="Inference steps.")] = 20,
+    shift: Annotated[float, typer.Option(min=1e-3, help="Of flow schedulers.")] = 1.0,
+) -> None:
+    """Say what intervals mean: t, sigma, log-SNR, the steps inside, and other trainers' words for them."""
+    from timestep_experts.jobs.explain import explain_interval, explain_partition
+
+    given = [value is not None for value in (intervals, boundaries, interval)]
+    if sum(given) != 1:
+        raise ValueError("give exactly one of --intervals, --boundaries and --interval")
+    if interval is not None:
+        lo, hi = _numbers(interval, "--interval", 2)
+        console.print(explain_interval(Interval(lo, hi), scheduler, steps, shift))
+        return
+    partition = Partition.uniform(intervals) if intervals else Partition(_numbers(boundaries or "", "--boundaries"))
+    console.print(explain_partition(partition, scheduler, steps, shift))
+
+
+def _numbers(text: str, option: str, count: int | None = None) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{option} takes numbers separated by commas; got {text!r}") from error
+    if count is not None and len(numbers) != count:
+        raise ValueError(f"{option} takes {count} numbers; got {text!r}")
+    return numbers
+
+
+def _load(path: Path, overrides: list[str] | None) -> Any:
+    from timestep_experts.config import load_recipe
+
+    return load_recipe(path, overrides or [])
+
+
+def _workshop(recipe: Any) -> Any:
+    from timestep_experts.build import build_workshop
+
+    workshop = build_workshop(recipe)
+    skipped = workshop.train.skipped + workshop.validation.skipped
+    console.print(
+        f"{len(workshop.train):,} training and {len(workshop.validation):,} validation pictures,"
+        f" {len(skipped)} skipped; {len(workshop.prompts)} prompts"
+    )
+    for item in skipped:
+        console.print(f"  skipped {_escaped(item.place)}: {_escaped(item.reason)}", highlight=False)
+    return workshop
+
+
+def _stage(
+    path: Path, overrides: list[str] | None, arm: str | None, dry_run: bool, job: Callable[[Any, str, Any], None]
+) -> None:
+    recipe = _load(path, overrides)
+    if dry_run:
+        _print_plan(recipe)
+        return
+    from timestep_experts import jobs
+
+    if arm is not None:
+        recipe.arm(arm)
+    jobs.prepare_output(recipe)
+    workshop = _workshop(recipe)
+    for name in [arm] if arm is not None else recipe.arm_names:
+        job(recipe, name, workshop)
+        bundle = recipe.output_dir / "arms" / name / "bundle"
+        console.print(f"{name}: {bundle}")
+
+
+def _train_arm(recipe: Any, arm: str, workshop: Any) -> None:
+    from timestep_experts import jobs
+
+    console.rule(f"[bold]{arm}", align="left")
+    jobs.foster_arm(recipe, arm, workshop)
+    if jobs.has_second_stage(recipe, arm):
+        jobs.assemble_arm(recipe, arm, workshop)
+
+
+def _evaluate(recipe: Any, workshop: Any) -> None:
+    from timestep_experts import jobs
+    from timestep_experts.report import interval_table, results_table
+
+    results = jobs.evaluate(recipe, workshop)
+    report = jobs.write_run_report(recipe, workshop, results, shlex.join(["timestep-experts", *sys.argv[1:]]))
+    intervals = jobs.reported_partition(recipe, workshop).intervals
+    console.print(interval_table(results, intervals))
+    console.print(results_table(results, intervals))
+    console.print(f"report: [bold]{report}")
+
+
+def _print_plan(recipe: Any) -> None:
+    from timestep_experts.jobs import make_plan
+
+    titles = ("arm", "stage", "experts", "trained", "steps", "samples per expert", "samples", "memory")
+    table = Table(*titles, title="plan; memory is weights, gradients and optimiser state, activations come on top")
+    for stage in make_plan(recipe):
+        low, high = stage.samples_per_expert
+        table.add_row(
+            stage.arm,
+            stage.stage,
+            str(stage.num_experts),
+            f"{stage.trainable:,}",
+            f"{stage.steps:,}",
+            f"{low:,}" if low == high else f"{low:,} to {high:,}",
+            f"{stage.samples:,}",
+            f"{stage.memory / 2**20:,.0f} MiB",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""The recipe: one strict YAML schema for a whole run. Objects of this module stop at ``build``."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+MAIN_ARM = "main"
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Strict):
+    """Captioned pictures."""
+
+    path: str = Field(description="world/flat, world/neon, a folder, a saved dataset or a hub id")
+    max_train_samples: PositiveInt | None = None
+    validation_path: str | None = Field(None, description="null: held-out captions of the same source")
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="of the captions, if no path is set")
+    max_validation_samples: PositiveInt | None = None
+    flip: bool = False
+    caption_dropout: Share = 0.1
+
+
+class ScaleConfig(_Strict):
+    """One set of experts."""
+
+    intervals: PositiveInt | None = Field(None, description="this many equal intervals")
+    boundaries: tuple[float, ...] | None = Field(None, description="or explicit ones, from 0 to T")
+    name: str | None = Field(None, description="null: n<intervals>")
+    rank: PositiveInt = 4
+    lora_alpha: PositiveFloat | None = Field(None, description="null: equal to rank")
+    role: Literal["auto", "core", "context"] = Field("auto", description="auto: the finest scale is the core")
+    learning_rate: PositiveFloat | tuple[PositiveFloat, ...] | None = Field(None, description="own, or one per expert")
+    max_train_steps: PositiveInt | tuple[PositiveInt, ...] | None = Field(None, description="own, or one per expert")
+
+    @model_validator(mode="after")
+    def _one_partition(self) -> ScaleConfig:
+        if (self.intervals is None) == (self.boundaries is None):
+            raise ValueError("give either intervals or boundaries")
+        return self
+
+    @property
+    def num_experts(self) -> int:
+        """Intervals of this scale."""
+        return self.intervals or len(self.boundaries or ()) - 1
+
+    @property
+    def label(self) -> str:
+        """Its name in files."""
+        return self.name or f"n{self.num_experts}"
+
+
+class ExpertsConfig(_Strict):
+    """What is attached to the denoiser."""
+
+    target_modules: tuple[str, ...] | str = ("to_q", "to_k", "to_v", "to_out.0")
+    scales: tuple[ScaleConfig, ...] = Field(min_length=1)
+    dropout: Share = 0.0
+    router_input: Literal["z_and_t", "z", "t"] = "z_and_t"
+    gate: Literal["sample", "token"] = "sample"
+    router_knots: Annotated[int, Field(ge=2)] | None = Field(None, description="null: the paper's table over every t")
+
+
+class OptimizerConfig(_Strict):
+    """Any optimiser of torch.optim."""
+
+    name: str = "AdamW"
+    options: Mapping[str, float | bool | tuple[float, ...]] = {"weight_decay": 0.01, "betas": (0.9, 0.999)}
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    max_grad_norm: PositiveFloat | None = 1.0
+
+
+class FosterConfig(_Strict):
+    """Stage 1."""
+
+    method: Literal["independent", "coarse_to_fine", "joint"] = "joint"
+    max_train_steps: PositiveInt = 1000
+    train_batch_size: PositiveInt = Field(8, description="per interval and step")
+    learning_rate: PositiveFloat = 1e-4
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class AssembleConfig(_Strict):
+    """Stage 2."""
+
+    max_train_steps: PositiveInt = 1000
+    train_batch_size: PositiveInt = 64
+    learning_rate: PositiveFloat = 1e-4
+    table_learning_rate: PositiveFloat | None = Field(None, description="of E; null: 50 times learning_rate")
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class TrainingConfig(_Strict):
+    """What both stages share."""
+
+    mixed_precision: Literal["no", "bf16"] = "no"
+    gradient_accumulation_steps: PositiveInt = 1
+    gradient_checkpointing: bool = False
+    checkpointing_steps: PositiveInt | None = 500
+    checkpoints_total_limit: PositiveInt | None = 2
+    logging_steps: PositiveInt = 10
+    validation_steps: PositiveInt | None = Field(None, description="null: at the end of each stage")
+    preview_pictures: Annotated[int, Field(ge=0)] = Field(0, description="at every validation, by the full pipeline")
+
+
+class EvaluationConfig(_Strict):
+    """Losses with common random numbers, and pictures for the same prompts and seeds."""
+
+    num_pictures: PositiveInt = Field(128, description="validation pictures per timestep bin")
+    bins_per_interval: PositiveInt = 4
+    seed: int = 1234
+    prompts: tuple[str, ...] | Path | None = Field(None, description="a list or a text file; null: held-out captions")
+    num_prompts: Annotated[int, Field(ge=0)] = 128
+    scheduler: str = Field("DPMSolverMultistepScheduler", description="any scheduler of diffusers")
+    num_inference_steps: PositiveInt = 20
+    guidance_scale: Annotated[float, Field(ge=0)] = 3.0
+    batch_size: PositiveInt = 32
+    judge: Literal["auto", "scenes", "off"] = Field("auto", description="auto: where captions are the embedded world's")
+
+
+class Recipe(_Strict):
+    """Everything that decides a run."""
+
+    pretrained_model_name_or_path: str = "world/base"
+    output_dir: Path
+    resolution: PositiveInt = 512
+    seed: int = 0
+    device: str = Field("auto", description="auto: cuda where there is one, else cpu")
+    data: DataConfig
+    experts: ExpertsConfig
+    foster: FosterConfig = FosterConfig()
+    assemble: AssembleConfig | None = AssembleConfig()
+    modes: tuple[Literal["switch", "route"], ...] = Field(("switch", "route"), description="in which it is evaluated")
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    arms: Mapping[str, Mapping[str, Any]] = Field(
+        {}, description="named variations of experts, foster, assemble, modes"
+    )
+
+    @model_validator(mode="after")
+    def _arms_are_recipes(self) -> Recipe:
+        for name, changes in self.arms.items():
+            foreign = sorted(set(changes) - {"experts", "foster", "assemble", "modes"})
+            if foreign or name == MAIN_ARM or not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(
+                    f"arms.{name}: an arm may change experts, foster, assemble and modes; its name is made of letters,"
+                    f" digits, - and _, and is not {MAIN_ARM!r}; got {', '.join(foreign) or 'a bad name'}"
+                )
+        return self
+
+    def arm(self, name: str) -> Recipe:
+        """The recipe of one arm: this one with the arm's changes, and without arms.
+
+        Raises:
+            ValueError: there is no such arm, or its changes do not fit the schema.
+        """
+        if name != MAIN_ARM and name not in self.arms:
+            raise ValueError(f"no arm {name!r} in this recipe: it has {', '.join(self.arm_names)}")
+        document = self.model_dump(mode="json", exclude={"arms"}, exclude_unset=True)
+        changes = self.arms.get(name, {})
+        return parse_recipe(_merged(document, changes), where=f"recipe.arms.{name}")
+
+    @property
+    def arm_names(self) -> tuple[str, ...]:
+        """The main arm, then the variations."""
+        return (MAIN_ARM, *self.arms)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply ``key=value`` overrides (dotted keys, YAML values).
+
+    Raises:
+        ValueError: naming the path of what is wrong, and the nearest valid key where one is unknown.
+    """
+    if not path.is_file():
+        raise ValueError(f"no recipe at {path}")
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} should hold a mapping of keys to values")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"an override reads key=value; got {override!r}")
+        _set(document, key.split("."), yaml.safe_load(value), override)
+    recipe = parse_recipe(document, where="recipe")
+    for name in recipe.arm_names:
+        recipe.arm(name)  # every arm must fit the schema before anything starts
+    return recipe
+
+
+def parse_recipe(document: Mapping[str, Any], where: str) -> Recipe:
+    """Validate a document.
+
+    Raises:
+        ValueError: listing every problem with its path.
+    """
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(problem, where) for problem in error.errors())) from error
+
+
+def describe_schema(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Every key of the recipe: (dotted name, default, description)."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from describe_schema(kind, f"{prefix}{name}.")
+        else:
+            default = "required" if field.is_required() else str(field.default)
+            yield f"{prefix}{name}", default, field.description or ""
+
+
+def _explain(problem: Mapping[str, Any], where: str) -> str:
+    place = ".".join([where, *(str(part) for part in problem["loc"])])
+    if problem["type"] != "extra_forbidden":
+        return f"{place}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"
+    key = str(problem["loc"][-1])
+    known = sorted({name.rpartition(".")[2] for name, _, _ in describe_schema()} | set(ScaleConfig.model_fields))
+    near = difflib.get_close_matches(key, [*known, *Recipe.model_fields], 1)
+    return f"{place}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _set(document: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> None:
+    node: Any = document
+    for key in keys[:-1]:
+        node = node[int(key)] if isinstance(node, list) and key.isdigit() else node.setdefault(key, {})
+        if not isinstance(node, dict | list):
+            raise ValueError(f"override {override!r}: {key!r} holds a value, not further keys")
+    if isinstance(node, list):
+        node[int(keys[-1])] = value
+    else:
+        node[keys[-1]] = value
+
+
+def _merged(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = deepcopy(dict(document))
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged

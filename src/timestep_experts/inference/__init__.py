@@ -1,0 +1,6 @@
+"""A trained mixture on a diffusers pipeline."""
+
+from timestep_experts.inference.attach import attach, detach
+from timestep_experts.inference.sample import SampleSettings, sample
+
+__all__ = ["SampleSettings", "attach", "detach", "sample"]

@@ -1,0 +1,20 @@
+"""What the command line does with a recipe. Every job goes on where it stopped.
+
+Layout of ``output_dir``: ``recipe.yaml``, ``cache/``, ``evaluation/``, ``report.html``, and for every arm
+``arms/<arm>/`` with one folder per stage and the ``bundle/``.
+"""
+
+from timestep_experts.jobs.evaluate import evaluate, reported_partition, write_run_report
+from timestep_experts.jobs.plan import make_plan
+from timestep_experts.jobs.train import assemble_arm, foster_arm, has_second_stage, prepare_output
+
+__all__ = [
+    "assemble_arm",
+    "evaluate",
+    "foster_arm",
+    "has_second_stage",
+    "make_plan",
+    "prepare_output",
+    "reported_partition",
+    "write_run_report",
+]

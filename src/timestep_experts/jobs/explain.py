@@ -1,0 +1,119 @@
+"""What an interval means, in every unit and in other trainers' words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from rich.console import Group
+from rich.table import Table
+
+from timestep_experts.build import resolve_model
+from timestep_experts.inference.sample import make_scheduler
+from timestep_experts.intervals import (
+    Interval,
+    LogitNormalDensity,
+    Partition,
+    TimestepDensity,
+    UniformDensity,
+    inference_timesteps,
+    log_snr_of,
+    mass_per_interval,
+    sigma_of,
+    steps_per_interval,
+)
+
+
+def load_scheduler(name: str, shift: float) -> Any:
+    """A scheduler by its diffusers class (with Stable Diffusion's noise schedule), or of a model's folder.
+
+    Raises:
+        ValueError: there is no such class and no such folder.
+    """
+    folder = Path(resolve_model(name))
+    if (folder / "scheduler").is_dir():
+        config = diffusers.DDIMScheduler.load_config(folder, subfolder="scheduler")
+        return make_scheduler(config["_class_name"], config)
+    if name.startswith("FlowMatch"):
+        return make_scheduler(name, {"num_train_timesteps": 1000, "shift": shift})
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    return make_scheduler(name, {**schedule, "num_train_timesteps": 1000})
+
+
+def explain_partition(partition: Partition, scheduler_name: str, num_inference_steps: int, shift: float) -> Group:
+    """One row per interval: t, sigma, log-SNR, training mass, inference steps."""
+    scheduler = load_scheduler(scheduler_name, shift)
+    timesteps = inference_timesteps(scheduler, num_inference_steps)
+    steps = steps_per_interval(partition, timesteps)
+    masses = mass_per_interval(partition, _density(scheduler, shift))
+    table = Table(
+        "expert",
+        "t",
+        "sigma",
+        "log-SNR",
+        "training mass",
+        f"steps of {num_inference_steps} (their t)",
+        title=f"{type(scheduler).__name__}; step 0 is the noisiest",
+    )
+    for index, interval in enumerate(partition.intervals):
+        shown = ", ".join(f"{step} ({timesteps[step]:g})" for step in steps[index])
+        table.add_row(
+            str(index),
+            _plain(str(interval)),
+            _range(sigma_of(interval.lo, scheduler), sigma_of(interval.hi, scheduler)),
+            _range(log_snr_of(interval.lo, scheduler), log_snr_of(interval.hi, scheduler)),
+            f"{masses[index]:.1%}",
+            shown or "none: this expert is never used",
+        )
+    return Group(table)
+
+
+def explain_interval(interval: Interval, scheduler_name: str, num_inference_steps: int, shift: float) -> Group:
+    """The interval's row, and how other trainers would be told the same.
+
+    Raises:
+        ValueError: the interval reaches beyond the schedule.
+    """
+    if interval.hi > 1000:
+        raise ValueError(f"the interval {interval} reaches beyond t = 1000")
+    boundaries = tuple(sorted({0.0, interval.lo, interval.hi, 1000.0}))
+    group = explain_partition(Partition(boundaries), scheduler_name, num_inference_steps, shift)
+    words = Table("trainer", "setting", title=f"{_plain(str(interval))} elsewhere")
+    for trainer, setting in _elsewhere(interval, shift):
+        words.add_row(trainer, setting)
+    return Group(*group.renderables, words)
+
+
+def _elsewhere(interval: Interval, shift: float) -> list[tuple[str, str]]:
+    lo, hi = interval.lo / 1000, interval.hi / 1000
+    before_lo, before_hi = (value / (shift - (shift - 1) * value) for value in (lo, hi))
+    return [
+        ("kohya sd-scripts", f"--min_timestep {interval.lo:g} --max_timestep {interval.hi:g}"),
+        (
+            "musubi-tuner",
+            f"--min_timestep {interval.lo:g} --max_timestep {interval.hi:g} --preserve_distribution_shape",
+        ),
+        ("diffusion-pipe", f"min_t = {lo:g}, max_t = {hi:g} (after the shift)"),
+        ("OneTrainer", f"min_noising_strength {before_lo:.4g}, max {before_hi:.4g} (before the shift)"),
+        (
+            "DiffSynth-Studio",
+            f"--min_timestep_boundary {1 - before_hi:.4g} --max_timestep_boundary {1 - before_lo:.4g}"
+            " (share of the shifted schedule, 0 is the noisiest)",
+        ),
+        ("Wan 2.2 boundary_ratio", f"{lo:g} where this is the high-noise expert, {hi:g} where it is the low-noise one"),
+    ]
+
+
+def _density(scheduler: Any, shift: float) -> TimestepDensity:
+    if hasattr(scheduler, "alphas_cumprod"):
+        return UniformDensity()
+    return LogitNormalDensity(shift=shift)
+
+
+def _range(start: Any, end: Any) -> str:
+    return f"{float(start):.3g} to {float(end):.3g}"
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")

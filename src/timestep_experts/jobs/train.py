@@ -1,0 +1,178 @@
+"""Train the arms of a recipe: foster, assemble, write bundles. The same call goes on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import yaml
+
+import timestep_experts
+from timestep_experts.build import (
+    Workshop,
+    build_assemble_settings,
+    build_foster_settings,
+    build_loop_settings,
+    build_loss_settings,
+    build_mixture,
+    build_optimiser_settings,
+    build_sample_settings,
+)
+from timestep_experts.config import OptimizerConfig, Recipe
+from timestep_experts.evaluation import loss_curve
+from timestep_experts.formats import Bundle, save_bundle
+from timestep_experts.formats.atomic import write_text
+from timestep_experts.inference import sample
+from timestep_experts.mixture import Mixture, Mode
+from timestep_experts.report.pictures import save_sheet
+from timestep_experts.training import assemble, foster
+from timestep_experts.training.log import RunLog, read_log
+from timestep_experts.training.loop import Observer, Stage, run_stage
+
+
+def prepare_output(recipe: Recipe) -> None:
+    """Write the resolved recipe beside the results."""
+    document = recipe.model_dump(mode="json")
+    write_text(recipe.output_dir / "recipe.yaml", yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
+
+
+def arm_folder(recipe: Recipe, arm: str) -> Path:
+    """Where an arm's stages and bundle are."""
+    return recipe.output_dir / "arms" / arm
+
+
+def foster_arm(recipe: Recipe, arm: str, workshop: Workshop) -> None:
+    """Foster the experts of one arm and write its bundle, for switching."""
+    own = recipe.arm(arm)
+    mixture = build_mixture(own, workshop.family)
+    try:
+        _foster(own, arm_folder(recipe, arm), mixture, workshop)
+        if not _is_assembled(recipe, arm):
+            _save(own, arm_folder(recipe, arm), mixture, "switch")
+    finally:
+        mixture.detach()
+
+
+def assemble_arm(recipe: Recipe, arm: str, workshop: Workshop) -> None:
+    """Train the routers of a fostered arm and write its bundle, for routing.
+
+    Raises:
+        ValueError: the arm has not been fostered, or has nothing to assemble.
+    """
+    own, folder = recipe.arm(arm), arm_folder(recipe, arm)
+    settings = build_assemble_settings(own)
+    mixture = build_mixture(own, workshop.family)
+    try:
+        stages = foster(mixture, build_foster_settings(own))
+        unfinished = [stage.name for stage in stages if not (folder / stage.name / "result.safetensors").is_file()]
+        if unfinished:
+            raise ValueError(f"arm {arm!r} is not fostered yet ({', '.join(unfinished)} missing in {folder})")
+        _foster(own, folder, mixture, workshop)
+        stage = assemble(mixture, settings)
+        assert own.assemble is not None  # its settings were built
+        _run(own, stage, mixture, workshop, own.assemble.optimizer, folder, "route")
+        _save(own, folder, mixture, "route")
+    finally:
+        mixture.detach()
+
+
+def has_second_stage(recipe: Recipe, arm: str) -> bool:
+    """Whether an arm's experts are assembled after fostering."""
+    own = recipe.arm(arm)
+    return own.assemble is not None and len(own.experts.scales) > 1
+
+
+def _is_assembled(recipe: Recipe, arm: str) -> bool:
+    return (arm_folder(recipe, arm) / "assemble" / "result.safetensors").is_file()
+
+
+def _foster(recipe: Recipe, folder: Path, mixture: Mixture, workshop: Workshop) -> None:
+    for stage in foster(mixture, build_foster_settings(recipe)):
+        _run(recipe, stage, mixture, workshop, recipe.foster.optimizer, folder, "switch")
+
+
+def _run(
+    recipe: Recipe,
+    stage: Stage,
+    mixture: Mixture,
+    workshop: Workshop,
+    optimiser: OptimizerConfig,
+    folder: Path,
+    mode: Mode,
+) -> None:
+    run_stage(
+        stage,
+        mixture,
+        workshop.family,
+        workshop.train,
+        build_optimiser_settings(optimiser),
+        build_loop_settings(recipe),
+        folder / stage.name,
+        _identity(recipe, workshop),
+        _observer(recipe, mixture, workshop, folder / stage.name, mode),
+    )
+
+
+def _identity(recipe: Recipe, workshop: Workshop) -> dict[str, Any]:
+    """Whatever decides the bytes of a stage's result."""
+    document = recipe.model_dump(mode="json", include={"seed", "resolution", "experts", "foster", "assemble"})
+    training = recipe.training.model_dump(include={"mixed_precision", "gradient_accumulation_steps"})
+    return {
+        **document,
+        **training,
+        "base_model": recipe.pretrained_model_name_or_path,
+        "caption_dropout": recipe.data.caption_dropout,
+        "num_train_pictures": len(workshop.train),
+        "latents_sum": float(workshop.train.latents.double().sum()),
+    }
+
+
+def _observer(recipe: Recipe, mixture: Mixture, workshop: Workshop, folder: Path, mode: Mode) -> Observer:
+    """Validation loss per interval, and preview pictures through the whole pipeline, as far as training has come."""
+
+    def observe(step: int, log: RunLog) -> None:
+        settings = build_loss_settings(recipe, mixture.spec.strata)
+        curve = loss_curve(workshop.family, workshop.validation, settings)
+        values = {f"validation/{i}": curve.within(i) for i in settings.partition.intervals}
+        log.write(step, {"validation/mean": curve.mean, **values})
+        if recipe.training.preview_pictures:
+            prompts = workshop.prompts[: recipe.training.preview_pictures]
+            with mixture.using(mode):
+                pictures = sample(workshop.family.pipeline(), prompts, build_sample_settings(recipe))
+            save_sheet(folder / "previews" / f"step-{step:06d}.png", pictures, prompts)
+
+    return observe
+
+
+def _save(recipe: Recipe, folder: Path, mixture: Mixture, mode: Mode) -> None:
+    provenance = {
+        "recipe": recipe.model_dump(mode="json", exclude={"arms", "output_dir"}),
+        "versions": {
+            "timestep_experts": timestep_experts.__version__,
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+        },
+        "stages": {
+            path.name: _last_losses(path) for path in sorted(folder.iterdir()) if (path / "log.jsonl").is_file()
+        },
+    }
+    bundle = Bundle(
+        spec=mixture.spec,
+        target_modules=tuple(mixture.layers),
+        tensors=mixture.state_dict(),
+        mode=mode,
+        base_model=recipe.pretrained_model_name_or_path,
+        denoiser_class=type(mixture.model).__name__,
+        provenance=provenance,
+    )
+    save_bundle(bundle, folder / "bundle")
+
+
+def _last_losses(folder: Path) -> Mapping[str, float]:
+    last: dict[str, float] = {}
+    for record in read_log(folder):
+        last |= record
+    return {name: value for name, value in last.items() if name != "seconds"}

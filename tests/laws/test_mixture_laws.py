@@ -1,0 +1,729 @@
+"""Laws of a mixture on a network: what attaching, switching, routing and training may and may not change."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.nn import functional
+
+from conftest import (
+    TARGETS,
+    OneLayer,
+    attach_to_layer,
+    max_error,
+    normal,
+    randomise,
+    scales,
+    tiny_unet,
+    unet_inputs,
+    zero_routers,
+)
+from timestep_experts.intervals import Partition
+from timestep_experts.mixture import MODES, Mixture, MixtureLayer, MixtureSpec, Scale, asymmetric, match_targets
+
+SETS = {"8|1": scales(8, 1), "4|8": scales(4, 8), "8|4,1": scales(8, 4, 1), "8|1 rest 1": scales(8, 1, resting_gate=1)}
+SAME_SIZE_TARGETS = [target for target in TARGETS if target != "downsamplers.0.conv"]
+MIXED_T = torch.tensor([3.0, 510.5, 999.0])
+
+
+@torch.no_grad()
+def predict(model, t, num_samples=3, seed=0):
+    latents, text = unet_inputs(num_samples, seed)
+    return model(latents, t, text).sample
+
+
+def equipped(unet, spec_scales=SETS["8|1"], mode="route", **options):
+    mixture = randomise(Mixture.attach(unet, MixtureSpec(spec_scales, **options), TARGETS))
+    mixture.mode = mode
+    return mixture
+
+
+def explicit_delta(layer, scale, x, t):
+    """``alpha / r * B A x`` of each sample's owner, by plain torch layers, sample by sample."""
+    stack, base = layer.experts[scale.name], layer.base_layer
+    deltas = []
+    for sample, time in zip(x, t.tolist(), strict=True):
+        down, up = (weight[scale.partition.index_of(time)] for weight in (stack.A, stack.B))
+        if isinstance(base, nn.Linear):
+            delta = functional.linear(functional.linear(sample, down), up)
+        else:
+            convolve = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}[x.dim()]
+            hidden = convolve(sample[None], down, None, base.stride, base.padding, base.dilation)
+            delta = convolve(hidden, up.view(*up.shape, *[1] * (x.dim() - 2)), groups=base.groups)[0]
+        deltas.append(scale.alpha / scale.rank * delta)
+    return torch.stack(deltas)
+
+
+# Attaching and detaching
+
+
+def test_attach_meets_each_target_exactly_once(unet):
+    before = dict(unet.named_modules())
+    expected = [name for name in before if any(name == target or name.endswith(f".{target}") for target in TARGETS)]
+    assert match_targets(unet, TARGETS) == expected
+    mixture = Mixture.attach(unet, MixtureSpec(scales(8, 1)), TARGETS)
+    assert list(mixture.layers) == expected
+    assert {name for name, module in unet.named_modules() if isinstance(module, MixtureLayer)} == set(expected)
+    for name, layer in mixture.layers.items():
+        assert unet.get_submodule(name) is layer
+        assert layer.base_layer is before[name]
+    assert match_targets(unet, TARGETS) == []
+    assert match_targets(unet, r".*\.(to_q|conv1)") == []
+
+
+def test_regular_expression_must_match_the_full_name(unet):
+    expected = [name for name, _ in unet.named_modules() if name.endswith("attn2.to_k") and name.startswith("down")]
+    assert match_targets(unet, r"down_blocks\..*attn2\.to_k") == expected
+    assert len(expected) == 1
+    assert match_targets(unet, r"attn2\.to_k") == []
+
+
+def test_detach_restores_everything_to_the_bit(unet):
+    def foreign_hook(module, args):
+        return None
+
+    unet.register_forward_pre_hook(foreign_hook)
+    unet.enable_gradient_checkpointing()
+    checkpoint = unet.mid_block._gradient_checkpointing_func
+    before = {key: value.clone() for key, value in unet.state_dict().items()}
+    modules, output = list(unet.named_modules()), predict(unet, MIXED_T)
+    mixture = equipped(unet)
+    unet(unet_inputs(3)[0], MIXED_T, unet_inputs(3)[1])
+    assert not torch.equal(predict(unet, MIXED_T), output)
+    mixture.detach()
+    after = unet.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert list(unet.named_modules()) == modules
+    assert list(unet._forward_pre_hooks.values()) == [foreign_hook]
+    assert unet.mid_block._gradient_checkpointing_func is checkpoint
+    assert torch.equal(predict(unet, MIXED_T), output)
+    equipped(unet)  # and another can be attached
+
+
+def test_attach_leaves_the_random_state_alone_and_depends_on_its_seed_only(unet):
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first = Mixture.attach(unet, MixtureSpec(scales(8, 1)), TARGETS, seed=1).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(6)
+    again = Mixture.attach(tiny_unet(), MixtureSpec(scales(8, 1)), TARGETS, seed=1).state_dict()
+    other = Mixture.attach(tiny_unet(), MixtureSpec(scales(8, 1)), TARGETS, seed=2).state_dict()
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert all(torch.equal(first[key], other[key]) != key.endswith(".A") for key in first)
+
+
+def test_experts_stand_on_the_device_of_a_base_that_has_only_buffers():
+    net = OneLayer(QuantisedLike(6, 5).to("meta"))
+    mixture = Mixture.attach(net, MixtureSpec(scales(8, 1)), ["layer"])
+    assert {value.device.type for value in mixture.state_dict().values()} == {"meta"}
+
+
+def test_layer_answers_for_its_base(unet):
+    base = unet.mid_block.resnets[0].conv1
+    equipped(unet)
+    layer = unet.mid_block.resnets[0].conv1
+    assert layer is not base
+    assert layer.weight is base.weight
+    assert layer.kernel_size == (3, 3)
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        layer.no_such_thing  # noqa: B018
+
+
+# Nothing said, nothing changed
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_zero_b_changes_no_bit_in_any_mode(unet, name):
+    expected = predict(unet, MIXED_T)
+    mixture = equipped(unet, SETS[name])
+    for scale in mixture.spec.scales:
+        for stack in mixture.stacks(scale.name):
+            stack.B.data.zero_()
+    for mode in MODES:
+        mixture.mode = mode
+        assert torch.equal(predict(unet, MIXED_T), expected)
+    for fostered in ([scale.name] for scale in mixture.spec.scales):
+        mixture.foster(*fostered)
+        assert torch.equal(predict(unet, MIXED_T), expected)
+    mixture.foster(*(scale.name for scale in mixture.spec.scales))
+    assert torch.equal(predict(unet, MIXED_T), expected)
+
+
+def test_mode_off_changes_no_bit_with_any_experts(unet):
+    expected = predict(unet, MIXED_T)
+    mixture = equipped(unet)
+    assert not torch.equal(predict(unet, MIXED_T), expected)
+    mixture.mode = "off"
+    assert torch.equal(predict(unet, MIXED_T), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"gate": "token"}, {"router_knots": 9}, {"router_input": "t"}], ids=str)
+@pytest.mark.parametrize("resting_gate", [0, 1])
+@pytest.mark.parametrize("numbers", [(8, 1), (4, 8), (8, 4, 1)], ids=str)
+def test_zero_router_routes_like_switching_to_the_bit(unet, numbers, resting_gate, options):
+    base = predict(unet, MIXED_T)
+    targets = SAME_SIZE_TARGETS if "gate" in options else TARGETS
+    spec = MixtureSpec(scales(*numbers, resting_gate=resting_gate), **options)
+    mixture = zero_routers(randomise(Mixture.attach(unet, spec, targets)))
+    mixture.mode = "switch"
+    switched = predict(unet, MIXED_T)
+    mixture.mode = "route"
+    assert max_error(switched, base) > 1e-3  # the experts are heard
+    assert torch.equal(predict(unet, MIXED_T), switched)
+
+
+def test_resting_gate_decides_whether_contexts_are_switched_in():
+    outputs = {}
+    for resting_gate in (0, 1):
+        unet = tiny_unet()
+        mixture = equipped(unet, scales(8, 1, resting_gate=resting_gate), mode="switch")
+        outputs[resting_gate] = predict(unet, MIXED_T)
+        mixture.foster(*["n8", "n1"][: 1 + resting_gate])
+        assert torch.equal(predict(unet, MIXED_T), outputs[resting_gate])
+    assert max_error(outputs[0], outputs[1]) > 1e-3
+
+
+def test_another_mode_can_be_used_for_a_while(unet):
+    mixture = equipped(unet, mode="switch")
+    switched = predict(unet, MIXED_T)
+    with mixture.using("off"):
+        assert torch.equal(predict(unet, MIXED_T), predict(tiny_unet(), MIXED_T))
+    assert torch.equal(predict(unet, MIXED_T), switched)
+    with pytest.raises(KeyError), mixture.using("off"):
+        raise KeyError
+    assert mixture.mode == "switch"
+
+
+# Samples are independent
+
+
+@pytest.mark.parametrize("mode", ["foster", "switch", "route"])
+@pytest.mark.parametrize("name", SETS)
+def test_mixed_batch_equals_one_sample_at_a_time(unet, name, mode):
+    mixture = equipped(unet, SETS[name], mode)
+    if mode == "foster":
+        mixture.foster(*(scale.name for scale in mixture.spec.scales))
+    latents, text = unet_inputs(5)
+    t = torch.tensor([0.0, 124.75, 500.0, 999.0, 1000.0])
+    with torch.no_grad():
+        batch = unet(latents, t, text).sample
+        loop = torch.cat([unet(latents[i, None], t[i], text[i, None]).sample for i in range(5)])
+    # fp32 outputs near 1: the products sum in another order for another batch size.
+    assert max_error(batch, loop) <= 1e-5
+    assert min(max_error(batch[i], batch[j]) for i, j in itertools.combinations(range(5), 2)) > 1e-2
+
+
+@pytest.mark.parametrize("gate", ["sample", "token"])
+def test_gates_of_one_sample_ignore_the_others(unet, gate):
+    mixture = randomise(Mixture.attach(unet, MixtureSpec(scales(8, 4, 1), gate=gate), SAME_SIZE_TARGETS))
+    mixture.mode = "route"
+    latents, text = unet_inputs(2)
+    others, other_text = unet_inputs(2, seed=9)
+    logs = []
+    with torch.no_grad():
+        for second, second_text, t in [(latents, text, [300, 20]), (others, other_text, [300, 970])]:
+            with mixture.recorded_gates() as log:
+                unet(torch.stack([latents[0], second[1]]), torch.tensor(t), torch.stack([text[0], second_text[1]]))
+            logs.append(log)
+    assert set(logs[0]) == set(logs[1]) == set(mixture.layers)
+    for name in mixture.layers:
+        (one,), (two,) = logs[0][name], logs[1][name]
+        assert max_error(one[0], two[0]) <= 1e-6  # equal sums; room for a kernel that blocks by value
+        assert max_error(one[1], two[1]) > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["switch", "route"])
+def test_one_timestep_is_spread_over_a_guidance_batch(unet, mode):
+    equipped(unet, mode=mode)
+    expected = predict(unet, torch.full((6,), 640), num_samples=6)
+    for t in (torch.tensor(640), torch.tensor([640]), 640, torch.tensor(640.0)):
+        assert torch.equal(predict(unet, t, num_samples=6), expected)
+    assert max_error(predict(unet, 90, num_samples=6), expected) > 1e-2
+
+
+def test_call_style_does_not_matter(unet):
+    equipped(unet)
+    latents, text = unet_inputs(3)
+    expected = predict(unet, 640)
+    t = torch.tensor(640)
+    with torch.no_grad():
+        assert torch.equal(unet(latents, timestep=t, encoder_hidden_states=text).sample, expected)
+        assert torch.equal(unet(sample=latents, timestep=t, encoder_hidden_states=text).sample, expected)
+        assert torch.equal(unet(timestep=t, sample=latents, encoder_hidden_states=text).sample, expected)
+
+
+class Video(nn.Module):
+    """A denoiser whose layers see frames as samples."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, sample, timestep):
+        return self.layer(sample.flatten(0, 1)).unflatten(0, sample.shape[:2])
+
+
+@pytest.mark.parametrize("mode", ["switch", "route"])
+@pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Conv2d(6, 5, 3, 2, 1)], ids=["linear", "conv"])
+def test_frames_of_a_sample_share_its_timestep(layer, mode):
+    net = Video(copy.deepcopy(layer)).eval()
+    mixture = randomise(Mixture.attach(net, MixtureSpec(scales(8, 1)), ["layer"]))
+    mixture.mode = mode
+    video = normal(3, 4, *((7, 6) if isinstance(layer, nn.Linear) else (6, 7, 7)))
+    with torch.no_grad():
+        batch = net(video, MIXED_T)
+        loop = torch.stack(
+            [torch.cat([net(video[i, f][None, None], MIXED_T[i])[0] for f in range(4)]) for i in range(3)]
+        )
+    assert max_error(batch, loop) <= 1e-6  # fp32, one layer, values near 1
+
+
+# Formulas
+
+
+@st.composite
+def carriers(draw):
+    """A layer, an input for it, and a spec of one ungated scale."""
+    dimensions = draw(st.integers(0, 3))
+    rank = draw(st.integers(1, 3))
+    n, alpha = draw(st.integers(1, 5)), draw(st.sampled_from([1, 2, 8]))
+    in_features, out_features = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    bias, seed = draw(st.booleans()), draw(st.integers(0, 99))
+    if dimensions == 0:
+        layer = nn.Linear(in_features, out_features, bias, dtype=torch.double)
+        positions = draw(st.sampled_from([(), (4,), (2, 3)]))
+        x = normal(3, *positions, in_features, seed=seed, dtype=torch.double)
+    else:
+        groups = draw(st.integers(1, 3))
+        sizes = st.tuples(*[st.integers(1, 3)] * dimensions)
+        kernel, dilation = draw(sizes), draw(sizes)
+        padding = draw(st.sampled_from(["same", "valid", 0, 1, 2]))
+        stride = 1 if padding == "same" else draw(sizes)
+        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+        layer = convolution(
+            in_features * groups, out_features * groups, kernel, stride, padding, dilation, groups, bias
+        ).double()
+        space = draw(st.tuples(*[st.integers(3, 7)] * dimensions))
+        x = normal(3, in_features * groups, *space, seed=seed, dtype=torch.double)
+        margin = 0 if isinstance(padding, str) else 2 * padding
+        reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        assume(padding == "same" or all(s + margin > r for s, r in zip(space, reach, strict=True)))
+        rank *= groups
+    return layer, x, MixtureSpec((Scale("core", Partition.uniform(n), rank, alpha),))
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+@given(carrier=carriers(), t=st.lists(st.integers(0, 8000).map(lambda eighths: eighths / 8), min_size=3, max_size=3))
+def test_ungated_core_is_base_plus_the_low_rank_update(carrier, t):
+    layer, x, spec = carrier
+    t = torch.tensor(t)
+    net, mixture = attach_to_layer(layer, spec, "switch")
+    net.double()
+    with torch.no_grad():
+        expected = layer(x) + explicit_delta(mixture.layers["layer"], spec.scales[0], x, t)
+        # fp64 but for alpha / r, which is scaled in fp32: 6e-8 of an update below 10.
+        assert max_error(net(x, t), expected) <= 2e-6
+
+
+ROUTED_LAYERS = {
+    "linear": (lambda: nn.Linear(6, 4), (3, 7, 6)),
+    "vector": (lambda: nn.Linear(6, 4), (3, 6)),
+    "conv1d": (lambda: nn.Conv1d(6, 4, 3, padding=1, groups=2), (3, 6, 9)),
+    "conv2d": (lambda: nn.Conv2d(6, 4, 3, padding=1), (3, 6, 5, 4)),
+    "pointwise": (lambda: nn.Conv2d(6, 4, 1, groups=2), (3, 6, 5, 4)),
+    "conv3d": (lambda: nn.Conv3d(6, 4, 3, padding=1), (3, 6, 2, 4, 3)),
+}
+
+
+def positions_last_to_middle(x, layer):
+    """``(B, N, features)``: tokens or pixels side by side."""
+    return x.reshape(len(x), -1, x.shape[-1]) if isinstance(layer, nn.Linear) else x.flatten(2).transpose(1, 2)
+
+
+def explicit_gates(router, z, t, spec):
+    """``F z + bias + E[floor t]`` for z ``(B, N, k)``: ``(B, N, m)`` if gates are per token, else ``(B, m)``."""
+    z = z.double().numpy() if spec.gate == "token" else z.double().mean(1).numpy()
+    gates = np.zeros((*z.shape[:-1], len(spec.gated_scales)))
+    if spec.router_input != "t":
+        gates += z @ router.F.detach().double().numpy().T + router.bias.detach().double().numpy()
+    if spec.router_input != "z":
+        table = router.E.detach().double().numpy()
+        if spec.router_knots is None:
+            timed = table[np.minimum(np.floor(t.numpy()).astype(int), len(table) - 1)]
+        else:
+            knots = np.linspace(0, 1000, spec.router_knots)
+            timed = np.stack([np.interp(t.numpy(), knots, column) for column in table.T], -1)
+        gates += timed[:, None] if spec.gate == "token" else timed
+    return torch.from_numpy(gates)
+
+
+@pytest.mark.parametrize("knots", [None, 2, 9], ids=["table", "line", "smooth"])
+@pytest.mark.parametrize("gate", ["sample", "token"])
+@pytest.mark.parametrize("router_input", ["z_and_t", "z", "t"])
+@pytest.mark.parametrize("kind", ROUTED_LAYERS)
+def test_route_is_base_plus_core_plus_gated_contexts(kind, router_input, gate, knots):
+    make, shape = ROUTED_LAYERS[kind]
+    spec = MixtureSpec(scales(8, 4, 1, resting_gate=0.5), router_input, gate, knots)
+    net, mixture = attach_to_layer(make(), spec, "route")
+    layer = mixture.layers["layer"]
+    assert (layer.router.F is None) == (router_input == "t")
+    assert (layer.router.E is None) == (router_input == "z")
+    x, t = normal(*shape), torch.tensor([0.75, 437.25, 1000.0])
+    with torch.no_grad():
+        with mixture.recorded_gates() as log:
+            y = positions_last_to_middle(net(x, t), layer.base_layer)
+        gates = explicit_gates(layer.router, positions_last_to_middle(x, layer.base_layer), t, spec)
+        (recorded,) = log["layer"]
+        # fp32 sums of a handful of numbers near 1
+        assert max_error(recorded.expand(gates.shape), gates) <= 1e-6
+        deltas = [positions_last_to_middle(explicit_delta(layer, s, x, t), layer.base_layer) for s in spec.scales]
+        strengths = (0.5 + gates).view(3, -1, 2)
+        contexts = sum(strengths[..., j, None] * deltas[1 + j] for j in range(2))
+        expected = positions_last_to_middle(layer.base_layer(x), layer.base_layer) + deltas[0] + contexts
+    assert contexts.abs().max() > 1e-2
+    assert max_error(y, expected) <= 2e-6  # fp32, values near 1
+
+
+def test_symmetric_mixture_gates_every_scale():
+    every = tuple(Scale(f"n{n}", Partition.uniform(n), 3, 3, gated=True) for n in (8, 2))
+    net, mixture = attach_to_layer(nn.Linear(6, 4), MixtureSpec(every), "switch")
+    layer = mixture.layers["layer"]
+    x = normal(3, 7, 6)
+    with torch.no_grad():
+        base = layer.base_layer(x)
+        assert torch.equal(net(x, MIXED_T), base)  # nothing rests above zero, so switching says nothing
+        mixture.mode = "route"
+        gates = explicit_gates(layer.router, x, MIXED_T, mixture.spec)
+        expected = base + sum(gates[:, j, None, None] * explicit_delta(layer, every[j], x, MIXED_T) for j in range(2))
+        assert gates.shape == (3, 2)
+        assert max_error(net(x, MIXED_T), expected) <= 2e-6  # fp32, values near 1
+        assert max_error(expected, base) > 1e-2
+
+
+def test_asymmetric_makes_the_smallest_interval_the_core():
+    given_scales = [Scale(f"n{n}", Partition.uniform(n), 4, 4, gated=n == 8) for n in (1, 8, 4)]
+    assert [(s.name, s.gated) for s in asymmetric(given_scales)] == [("n1", True), ("n8", False), ("n4", True)]
+
+
+def test_strata_cross_no_boundary_of_any_scale():
+    assert MixtureSpec(scales(8, 6, 1)).strata == Partition.uniform(8).refine(Partition.uniform(6))
+
+
+@pytest.mark.parametrize("shrinking", [{"stride": 2, "padding": 1}, {"padding": 0}], ids=str)
+def test_token_gates_work_where_a_convolution_changes_the_number_of_positions(shrinking):
+    spec = MixtureSpec(scales(8, 1, resting_gate=1), gate="token")
+    net, mixture = attach_to_layer(nn.Conv2d(6, 4, 3, **shrinking), spec, "switch")
+    zero_routers(mixture)
+    x = normal(3, 6, 8, 8)
+    switched = net(x, MIXED_T)
+    mixture.mode = "route"
+    assert torch.equal(net(x, MIXED_T), switched)
+
+
+class QuantisedLike(nn.Module):
+    """A linear layer that keeps whole numbers and a scale, and has neither ``weight`` nor parameters."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        weight = normal(out_features, in_features, seed=3)
+        self.register_buffer("scale", weight.abs().max() / 127)
+        self.register_buffer("quantised", (weight / self.scale).round().to(torch.int8))
+
+    def forward(self, x):
+        return functional.linear(x, self.quantised.to(x.dtype) * self.scale.to(x.dtype))
+
+
+def test_base_that_is_only_linear_like_carries_experts():
+    net, mixture = attach_to_layer(QuantisedLike(6, 4), MixtureSpec(scales(8)), "switch")
+    layer, x = mixture.layers["layer"], normal(3, 7, 6)
+    with torch.no_grad():
+        base = layer.base_layer(x)
+        stack, owners = layer.experts["n8"], [0, 4, 7]
+        expected = base + 2 * torch.einsum("bdr,brk,bnk->bnd", stack.B[owners], stack.A[owners], x)
+        assert max_error(net(x, MIXED_T), expected) <= 2e-6  # fp32, values near 1
+        assert max_error(expected, base) > 1e-2
+    keys = list(net.state_dict())
+    mixture.detach()
+    assert list(net.state_dict()) == ["layer.scale", "layer.quantised"] != keys
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_channels_last_before_or_after_attaching_changes_only_the_layout(unet, moment):
+    reference = tiny_unet()
+    equipped(reference)
+    if moment == "before":
+        unet.to(memory_format=torch.channels_last)
+    equipped(unet)
+    if moment == "after":
+        unet.to(memory_format=torch.channels_last)
+    latents, text = unet_inputs(3)
+    with torch.no_grad():
+        y = unet(latents.to(memory_format=torch.channels_last), MIXED_T, text).sample
+    # fp32 values near 1: other kernels, other order of sums
+    assert max_error(y, predict(reference, MIXED_T)) <= 1e-5
+
+
+def test_a_network_without_timesteps_is_bound_by_hand():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+
+        def forward(self, features):
+            return self.layer(features)
+
+    encoder = Encoder().eval()
+    mixture = randomise(Mixture.attach(encoder, MixtureSpec(scales(8, 1)), ["layer"]))
+    mixture.mode = "route"
+    layer = mixture.layers["layer"]
+    x = normal(3, 7, 6)
+    with torch.no_grad():
+        for t in (MIXED_T, MIXED_T.flip(0)):
+            with mixture.at(t):
+                with mixture.at(torch.zeros(3)):
+                    pass
+                gate = explicit_gates(layer.router, x, t, mixture.spec)[:, :, None]
+                core, context = (explicit_delta(layer, scale, x, t) for scale in mixture.spec.scales)
+                assert max_error(encoder(x), layer.base_layer(x) + core + gate * context) <= 2e-6  # fp32, near 1
+    with pytest.raises(RuntimeError, match=r"Mixture\.at"):
+        encoder(x)
+
+
+# Training
+
+
+def gradients(mixture):
+    return {
+        key: parameter.grad
+        for name, layer in mixture.layers.items()
+        for key, parameter in ((f"{name}.{key}", p) for key, p in layer.named_parameters())
+        if "base_layer" not in key
+    }
+
+
+@pytest.mark.parametrize("mode", ["foster", "switch", "route"])
+def test_only_the_owning_expert_gets_a_gradient(unet, mode):
+    mixture = equipped(unet, SETS["8|4,1"], mode)
+    if mode == "foster":
+        mixture.foster("n8", "n4")
+    t = torch.tensor([130.0, 130.5, 999.0])
+    latents, text = unet_inputs(3)
+    unet(latents, t, text).sample.square().mean().backward()
+    heard = {"foster": {"n8", "n4"}, "switch": {"n8"}, "route": {"n8", "n4", "n1"}}[mode]
+    owners = {"n8": {1, 7}, "n4": {0, 3}, "n1": {0}}
+    for key, gradient in gradients(mixture).items():
+        kind = key.split(".experts.")[-1].split(".")[0]
+        if kind in owners:
+            moved = set() if gradient is None else set(gradient.flatten(1).any(1).nonzero().flatten().tolist())
+            assert moved == (owners[kind] if kind in heard else set()), key
+        elif key.endswith(".E") and mode == "route":
+            assert set(gradient.any(1).nonzero().flatten().tolist()) == {130, 999}, key
+        elif mode != "route":
+            assert gradient is None, key
+
+
+@pytest.mark.parametrize("mode", ["switch", "route"])
+def test_checkpointed_gradients_are_those_without_checkpoints(mode):
+    def train(with_checkpoints):
+        unet = tiny_unet().train()
+        mixture = equipped(unet, mode=mode)
+        if with_checkpoints:
+            unet.enable_gradient_checkpointing()
+        latents, text = unet_inputs(2)
+        loss = 0
+        for t in ([20, 400], [700, 980]):  # both are recomputed after the second has bound its timesteps
+            loss = loss + unet(latents, torch.tensor(t), text).sample.square().sum()
+        loss.backward()
+        return gradients(mixture)
+
+    plain, checkpointed = train(False), train(True)
+    for key, gradient in plain.items():
+        assert (gradient is None) == (checkpointed[key] is None)
+        if gradient is not None:
+            # the same fp32 kernels on the same numbers: only the order of accumulation is free
+            assert max_error(checkpointed[key], gradient) <= 1e-5 * max(1, gradient.abs().max().item()), key
+    core = [gradient for key, gradient in plain.items() if ".experts.n8." in key]
+    assert all(set(g.flatten(1).any(1).nonzero().flatten().tolist()) == {0, 3, 5, 7} for g in core)
+
+
+def test_dropout_acts_in_training_only_and_on_the_experts_only():
+    spec = MixtureSpec(scales(8, 1), dropout=0.5)
+    net, mixture = attach_to_layer(nn.Linear(6, 4), spec, "route")
+    without, _ = attach_to_layer(copy.deepcopy(mixture.layers["layer"].base_layer), MixtureSpec(scales(8, 1)), "off")
+    Mixture.of(without).mode = "route"
+    x = normal(3, 7, 6)
+    with torch.no_grad():
+        assert torch.equal(net(x, MIXED_T), without(x, MIXED_T))
+        net.train()
+        torch.manual_seed(0)
+        with mixture.recorded_gates() as log:
+            first, second = net(x, MIXED_T), net(x, MIXED_T)
+        assert torch.equal(*log["layer"])
+        assert max_error(first, second) > 1e-2
+        draws = torch.stack([net(x, MIXED_T) for _ in range(1000)])
+        deviation = (draws.mean(0) - without(x, MIXED_T)).abs() / (draws.std(0) / 1000**0.5)
+        assert deviation.max() < 5  # the mean is kept: within five standard errors
+        for stack in mixture.stacks("n8") + mixture.stacks("n1"):
+            stack.B.zero_()
+        assert torch.equal(net(x, MIXED_T), mixture.layers["layer"].base_layer(x))
+
+
+# Precision, copies, compilation
+
+
+@pytest.mark.parametrize("experts_too", [True, False], ids=["all", "base only"])
+def test_bfloat16_stays_close(unet, experts_too):
+    if not experts_too:
+        unet.to(torch.bfloat16)
+    mixture = equipped(unet)
+    reference = tiny_unet()
+    equipped(reference)
+    expected = predict(reference, MIXED_T)
+    effect = max_error(expected, predict(tiny_unet(), MIXED_T))
+    if experts_too:
+        unet.to(torch.bfloat16)
+    assert {p.dtype for p in mixture.state_dict().values()} == {torch.bfloat16 if experts_too else torch.float32}
+    latents, text = unet_inputs(3)
+    with torch.no_grad(), mixture.recorded_gates() as log:
+        y = unet(latents.bfloat16(), MIXED_T, text.bfloat16()).sample
+    assert y.dtype == torch.bfloat16
+    assert {gate.dtype for gates in log.values() for gate in gates} == {torch.float32}
+    error = max_error(y, expected)
+    assert error < 0.1  # some twenty layers in a row, each rounded to 8 bits: .004 of values up to 2
+    assert error < effect / 3
+
+
+def test_autocast_stays_close_and_trains(unet):
+    mixture = equipped(unet)
+    expected = predict(unet, MIXED_T)
+    effect = max_error(expected, predict(tiny_unet(), MIXED_T))
+    latents, text = unet_inputs(3)
+    with torch.autocast("cpu", torch.bfloat16), mixture.recorded_gates() as log:
+        y = unet(latents, MIXED_T, text).sample
+        loss = y.float().square().mean()
+    assert y.dtype == torch.bfloat16
+    assert {gate.dtype for gates in log.values() for gate in gates} == {torch.float32}
+    assert max_error(y, expected) < min(0.1, effect / 3)  # as in bfloat16
+    loss.backward()
+    for key, gradient in gradients(mixture).items():
+        assert gradient.dtype == torch.float32, key
+        assert gradient.isfinite().all(), key
+        assert gradient.any(), key
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gate", ["sample", "token"])
+def test_autocast_rounds_no_gate(gate, dtype):
+    net, mixture = attach_to_layer(nn.Linear(6, 4), MixtureSpec(scales(8, 1), gate=gate), "route")
+    x = normal(3, 7, 6).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16), mixture.recorded_gates() as log:
+        assert net(x, MIXED_T).dtype == torch.bfloat16
+    expected = explicit_gates(mixture.layers["layer"].router, x, MIXED_T, mixture.spec)
+    assert max_error(log["layer"][0], expected) <= 1e-6  # fp32 sums of a handful of numbers near 1
+
+
+def test_deep_copy_is_independent(unet):
+    mixture = equipped(unet)
+    unet.enable_gradient_checkpointing()
+    unet(unet_inputs(3)[0], MIXED_T, unet_inputs(3)[1])
+    expected = predict(unet, MIXED_T)
+    twin = copy.deepcopy(unet)
+    copied = Mixture.of(twin)
+    assert list(copied.layers) == list(mixture.layers)
+    assert torch.equal(predict(twin, MIXED_T), expected)
+    randomise(copied, seed=1)
+    copied.mode = "switch"
+    changed = predict(twin, MIXED_T.flip(0))
+    assert mixture.mode == "route"
+    assert torch.equal(predict(unet, MIXED_T), expected)
+    mixture.mode = "off"
+    assert torch.equal(predict(twin, MIXED_T.flip(0)), changed)
+    copied.detach()
+    assert match_targets(unet, TARGETS) == []
+    assert torch.equal(predict(twin, MIXED_T), predict(tiny_unet(), MIXED_T))
+
+
+def graphs_after_warm_up(net, inputs, spread):
+    """How often the compiled network is compiled again once two timesteps have been seen; its outputs are checked."""
+    torch._dynamo.reset()
+    compiled = torch.compile(net, backend="eager")
+    for t in (3, 990):  # the second call lets a number become symbolic
+        compiled(inputs[0], spread(t), *inputs[1:])
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for t in (130, 400, 612, 999, 0):
+        y = compiled(inputs[0], spread(t), *inputs[1:])
+        assert max_error(y, net(inputs[0], spread(t), *inputs[1:])) <= 1e-6  # the same kernels, called by the graph
+    return counters["stats"]["unique_graphs"] - graphs
+
+
+class Tensors(nn.Module):
+    """A denoiser that returns a tensor."""
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample, timestep, text):
+        return self.unet(sample, timestep, text).sample
+
+
+@pytest.mark.parametrize("form", ["scalar", "per sample while training"])
+def test_compiled_unet_is_not_recompiled_as_t_changes(unet, form):
+    mixture = randomise(Mixture.attach(unet, MixtureSpec(scales(8, 4, 1)), ["to_q", "conv1", "downsamplers.0.conv"]))
+    mixture.mode = "route"
+    spread = torch.tensor if form == "scalar" else lambda t: torch.tensor([t, 999 - t])
+    with torch.set_grad_enabled(form != "scalar"):
+        assert graphs_after_warm_up(Tensors(unet), unet_inputs(2), spread) == 0
+
+
+@pytest.mark.parametrize(
+    "spread",
+    [torch.tensor, lambda t: torch.tensor([t, 999 - t]), int, float],
+    ids=["scalar", "per sample", "int", "float"],
+)
+def test_compiled_layer_is_not_recompiled_as_t_changes(spread):
+    net, _ = attach_to_layer(nn.Linear(6, 4), MixtureSpec(scales(8, 4, 1)), "route")
+    with torch.no_grad():
+        assert graphs_after_warm_up(net, [normal(2, 7, 6)], spread) == 0
+
+
+# State
+
+
+def test_state_survives_the_round_trip(unet):
+    mixture = equipped(unet)
+    expected = predict(unet, MIXED_T)
+    state = {key: value.clone() for key, value in mixture.state_dict().items()}
+    names = [f"experts.{scale}.{part}" for scale in ("n8", "n1") for part in "AB"] + [
+        f"router.{part}" for part in ("F", "bias", "E")
+    ]
+    assert set(state) == {f"{layer}.{name}" for layer in mixture.layers for name in names}
+    other = tiny_unet()
+    loaded = randomise(Mixture.attach(other, MixtureSpec(scales(8, 1)), TARGETS), seed=7)
+    loaded.mode = "route"
+    assert not torch.equal(predict(other, MIXED_T), expected)
+    loaded.load_state_dict(dict(reversed(state.items())))
+    assert torch.equal(predict(other, MIXED_T), expected)
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+    randomise(mixture, seed=8)
+    assert torch.equal(predict(other, MIXED_T), expected)  # values were copied, not shared
+
+
+def test_router_parameters_are_the_maps_and_the_tables(unet):
+    mixture = equipped(unet)
+    maps, tables = mixture.router_parameters()
+    assert len(maps) == 2 * len(mixture.layers)
+    assert [tuple(table.shape) for table in tables] == [(1000, 1)] * len(mixture.layers)
+    own = {id(p) for layer in mixture.layers.values() for p in layer.router.parameters()}
+    assert {id(p) for p in [*maps, *tables]} == own
