@@ -6,8 +6,8 @@ The shipped base (64-pixel scenes, about 45 minutes on two cores):
         --work work/scenes --output src/timestep_experts/world/assets/base
 
 A folder with a ``metadata.jsonl`` (``file_name``, ``text``) works in place of ``scenes/<domain>``. The autoencoder
-sees broad data (an adapter cannot repair a decoder); the text encoder and the UNet see ``--pictures`` alone. The same command
-continues a killed run from the last checkpoint in ``--work``.
+sees broad data (an adapter cannot repair a decoder); the text encoder and the UNet see ``--pictures`` alone. The same
+command continues a killed run from the last checkpoint in ``--work``.
 """
 
 from __future__ import annotations

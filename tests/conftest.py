@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from hypothesis import settings
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from timestep_experts.data import EncodedPictures
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale
+from timestep_experts.models import StableDiffusion
 
 settings.register_profile("laws", derandomize=True, deadline=None, max_examples=25, database=None)
 settings.load_profile("laws")
@@ -95,6 +98,69 @@ def attach_to_layer(layer: nn.Module, spec: MixtureSpec, mode: str = "off") -> t
     mixture = randomise(Mixture.attach(net, spec, ["layer"]))
     mixture.mode = mode
     return net, mixture
+
+
+def tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionPipeline:
+    """A whole Stable Diffusion of random weights: 16-pixel pictures, 8x8 latents, 8 tokens."""
+    blank = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[])
+    tokenizer = blank.train_new_from_iterator(["a red star", "a blue plain cross"], 60, show_progress=False)
+    tokenizer.model_max_length = 8
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = CLIPTextModel(text_config)
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=16,
+        )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=tiny_unet(seed),
+        scheduler=DDIMScheduler(
+            beta_schedule="scaled_linear", prediction_type=prediction_type, steps_offset=1, clip_sample=False
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def random_pictures(num_pictures: int, family: StableDiffusion, seed: int = 0) -> EncodedPictures:
+    """Encoded pictures of random latents, each with a caption of its own."""
+    captions = tuple(f"a red star {i}" for i in range(num_pictures))
+    return EncodedPictures(
+        latents=normal(num_pictures, 4, 8, 8, seed=seed),
+        caption_rows=torch.arange(num_pictures),
+        features=family.encode_captions([*captions, ""]),
+        captions=captions,
+        skipped=(),
+    )
+
+
+@pytest.fixture
+def pipeline() -> StableDiffusionPipeline:
+    return tiny_pipeline()
+
+
+@pytest.fixture
+def family(pipeline: StableDiffusionPipeline) -> StableDiffusion:
+    return StableDiffusion.around(pipeline)
 
 
 @pytest.fixture

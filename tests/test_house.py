@@ -37,6 +37,7 @@ ORDER = (
     ("build",),
     ("jobs",),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 TORCH_ONLY = ("intervals", "mixture", "merging", "objectives")
@@ -45,7 +46,7 @@ IMPORTERS = {
     f"{PACKAGE}.config": ("build", "jobs", "cli"),
     f"{PACKAGE}.build": ("jobs", "cli"),
     f"{PACKAGE}.jobs": ("cli",),
-    f"{PACKAGE}.cli": (),
+    f"{PACKAGE}.cli": ("__main__",),
 }
 
 MAX_FUNCTION_LINES = 60
@@ -277,7 +278,7 @@ BREACHES: list[tuple[Checker, dict[str, str], str]] = [
     (unplaced_rooms, {"cellar.py": ""}, "cellar.py: place 'cellar' in ORDER"),
     (unplaced_rooms, {"cellar/shelf.py": ""}, "cellar/shelf.py: place 'cellar' in ORDER"),
     (imports_against_the_order, {"intervals.py": f"from {PACKAGE} import mixture"}, "intervals.py:1: 'intervals'"),
-    (imports_against_the_order, {"data/a.py": f"import {PACKAGE}.models.b"}, f"'data' imports {PACKAGE}.models.b"),
+    (imports_against_the_order, {"models/a.py": f"import {PACKAGE}.data.b"}, f"'models' imports {PACKAGE}.data.b"),
     (imports_against_the_order, {"mixture/a.py": "from ..models.b import c"}, f"imports {PACKAGE}.models.b.c"),
     (imports_against_the_order, {"mixture/__init__.py": "from ..report import b"}, f"imports {PACKAGE}.report.b"),
     (imports_against_the_order, {"models/a.py": f"def f():\n    import {PACKAGE}.report"}, "models/a.py:2:"),
@@ -285,9 +286,9 @@ BREACHES: list[tuple[Checker, dict[str, str], str]] = [
     (foreign_imports, {"mixture/a.py": "import numpy as np"}, "mixture/a.py:1: 'mixture' may import torch"),
     (foreign_imports, {"objectives/a.py": "from diffusers.models import b"}, "not diffusers.models.b"),
     (imports_by_strangers, {"report/a.py": "import typer"}, "report/a.py:1: typer is imported by cli only"),
-    (imports_by_strangers, {"__init__.py": "from .cli import main"}, f"{PACKAGE}.cli is imported by nothing only"),
-    (imports_by_strangers, {"config.py": "from . import build"}, f"{PACKAGE}.build is imported by cli only"),
-    (imports_by_strangers, {"training/a.py": f"import {PACKAGE}.config"}, "is imported by build and cli only"),
+    (imports_by_strangers, {"__init__.py": "from .cli import main"}, f"{PACKAGE}.cli is imported by __main__ only"),
+    (imports_by_strangers, {"config.py": "from . import build"}, f"{PACKAGE}.build is imported by jobs and cli only"),
+    (imports_by_strangers, {"training/a.py": f"import {PACKAGE}.config"}, "is imported by build and jobs and cli only"),
     (import_cycles, {"data/a.py": "from . import b", "data/b.py": "from .a import c"}, ".data.b -> "),
     (import_cycles, {"data/__init__.py": "from .a import c", "data/a.py": f"from {PACKAGE}.data import d"}, ".data.a"),
     (long_functions, {"a.py": LONG + "    x = 2\n" * 58}, "a.py:4 long: 61 lines, allowed are 60"),

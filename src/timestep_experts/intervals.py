@@ -113,6 +113,8 @@ class Partition:
         if not isinstance(t, Tensor):
             return bisect_right(inner, t)
         index = torch.zeros_like(t, dtype=torch.long)
+        if t.device.type != "mps":  # has no float64; elsewhere fractional boundaries are compared unrounded
+            t = t.double()
         for boundary in inner:
             index = index + (t >= boundary)
         return index
@@ -216,7 +218,17 @@ def draw_timesteps(
     t = density.icdf(probability).clamp(lo, hi)
     if integer:
         return t.floor().long().clamp(first, stop - 1)
-    return t.float().clamp(max=math.nextafter(hi, lo))
+    return t.float().clamp(*_float32_within(lo, hi))
+
+
+def _float32_within(lo: float, hi: float) -> tuple[float, float]:
+    """The smallest and the largest float32 in ``[lo, hi)``."""
+    first, last = torch.tensor([lo, hi], dtype=torch.float32)
+    if first.item() < lo:
+        first = first.nextafter(torch.tensor(math.inf))
+    if last.item() >= hi:
+        last = last.nextafter(torch.tensor(-math.inf))
+    return first.item(), last.item()
 
 
 class NoiseSchedule(Protocol):

@@ -56,7 +56,8 @@ def explicit_delta(layer, scale, x, t):
             delta = functional.linear(functional.linear(sample, down), up)
         else:
             convolve = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}[x.dim()]
-            hidden = convolve(sample[None], down, None, base.stride, base.padding, base.dilation)
+            kernel = down.view(-1, layer.geometry.in_features, *base.kernel_size)
+            hidden = convolve(sample[None], kernel, None, base.stride, base.padding, base.dilation)
             delta = convolve(hidden, up.view(*up.shape, *[1] * (x.dim() - 2)), groups=base.groups)[0]
         deltas.append(scale.alpha / scale.rank * delta)
     return torch.stack(deltas)
@@ -419,14 +420,10 @@ def test_strata_cross_no_boundary_of_any_scale():
 
 
 @pytest.mark.parametrize("shrinking", [{"stride": 2, "padding": 1}, {"padding": 0}], ids=str)
-def test_token_gates_work_where_a_convolution_changes_the_number_of_positions(shrinking):
+def test_token_gates_are_refused_where_a_convolution_changes_the_number_of_positions(shrinking):
     spec = MixtureSpec(scales(8, 1, resting_gate=1), gate="token")
-    net, mixture = attach_to_layer(nn.Conv2d(6, 4, 3, **shrinking), spec, "switch")
-    zero_routers(mixture)
-    x = normal(3, 6, 8, 8)
-    switched = net(x, MIXED_T)
-    mixture.mode = "route"
-    assert torch.equal(net(x, MIXED_T), switched)
+    with pytest.raises(ValueError, match=r"layer: a gate per position needs a layer that keeps positions"):
+        attach_to_layer(nn.Conv2d(6, 4, 3, **shrinking), spec)
 
 
 class QuantisedLike(nn.Module):

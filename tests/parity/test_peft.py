@@ -36,7 +36,7 @@ def lora_pair(model, twin, targets, rank, alpha):
     with torch.no_grad():
         for name, layer in mixture.layers.items():
             stack, lora_a, lora_b = layer.experts["lora"], *peer_weights(peers[name])
-            lora_a.copy_(stack.A[0])
+            lora_a.copy_(stack.A[0].view(lora_a.shape))
             lora_b.copy_(stack.B[0].view(lora_b.shape))
     return mixture, peers
 
@@ -104,7 +104,7 @@ def test_experts_start_like_a_lora(layer):
     mixture.detach()
     lora_a, lora_b = peer_weights(inject(twin, ["layer"], rank=32)["layer"])
     bound = 1 / math.sqrt(lora_a[0].numel())  # Kaiming uniform with a = sqrt 5
-    for weight in [*stack.A, lora_a]:
+    for weight in [*stack.A, lora_a.flatten(1)]:
         # more than 2,000 uniform numbers reach within 1 % of the bound, and their deviation is within 5 %
         assert 0.99 * bound < weight.abs().max() <= bound
         assert abs(weight.std() / (bound / math.sqrt(3)) - 1) < 0.05

@@ -43,11 +43,11 @@ def attach(pipeline: Any, bundle: Bundle | Path | str, mode: Mode | None = None)
         mixture.detach()
         raise
     dtype = next(denoiser.parameters()).dtype
-    if dtype.is_floating_point:
-        for layer in mixture.layers.values():
-            layer.experts.to(dtype)
     for layer in mixture.layers.values():
-        layer.requires_grad_(False)
+        layer.move_experts(dtype=dtype if dtype.is_floating_point else None)
+        layer.experts.requires_grad_(False)
+        if layer.router is not None:
+            layer.router.requires_grad_(False)
     return mixture
 
 

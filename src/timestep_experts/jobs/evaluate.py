@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pydantic import TypeAdapter
 
-import timestep_experts
+from timestep_experts import __version__
 from timestep_experts.build import Workshop, build_loss_settings, build_sample_settings, build_spec
 from timestep_experts.config import Recipe
 from timestep_experts.evaluation import (
@@ -256,7 +256,7 @@ def _notes(recipe: Recipe, workshop: Workshop) -> list[str]:
 
 def _environment() -> Mapping[str, str]:
     return {
-        "timestep-experts": timestep_experts.__version__,
+        "timestep-experts": __version__,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "python": platform.python_version(),

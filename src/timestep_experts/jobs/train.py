@@ -10,7 +10,7 @@ import diffusers
 import torch
 import yaml
 
-import timestep_experts
+from timestep_experts import __version__
 from timestep_experts.build import (
     Workshop,
     build_assemble_settings,
@@ -151,7 +151,7 @@ def _save(recipe: Recipe, folder: Path, mixture: Mixture, mode: Mode) -> None:
     provenance = {
         "recipe": recipe.model_dump(mode="json", exclude={"arms", "output_dir"}),
         "versions": {
-            "timestep_experts": timestep_experts.__version__,
+            "timestep_experts": __version__,
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
         },

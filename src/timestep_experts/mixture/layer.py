@@ -74,6 +74,11 @@ class MixtureLayer(nn.Module):
         self.name = name
         self.binding = binding
         self.geometry = LayerGeometry.of(base_layer, name)
+        if spec.gate == "token" and spec.gated_scales and not self.geometry.keeps_positions:
+            raise ValueError(
+                f"{name}: a gate per position needs a layer that keeps positions; this {type(base_layer).__name__} has"
+                f" kernel {self.geometry.kernel_size}, stride {self.geometry.stride}, padding {self.geometry.padding}"
+            )
         self.experts = nn.ModuleDict(
             {s.name: ExpertStack(self.geometry, len(s.partition), s.rank, s.alpha, name) for s in spec.scales}
         )
@@ -94,6 +99,12 @@ class MixtureLayer(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("base_layer"), name)
+
+    def move_experts(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
+        """Move experts and router to a device, and the experts to a dtype; routers stay fp32."""
+        self.experts.to(device, dtype)
+        if self.router is not None:
+            self.router.to(device)
 
     def forward(self, x: Tensor) -> Tensor:
         """``base(x)`` plus what the mode lets the experts say; shapes are the base layer's.

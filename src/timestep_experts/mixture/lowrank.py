@@ -64,16 +64,25 @@ class LayerGeometry:
         plain_padding = self.padding == "valid" or (not isinstance(self.padding, str) and not any(self.padding))
         return all(size == 1 for size in (*self.kernel_size, *self.stride)) and plain_padding
 
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether output positions are the input's, one to one."""
+        if isinstance(self.padding, str):
+            return self.padding == "same" or self.is_pointwise
+        reach = zip(self.kernel_size, self.dilation, self.padding, strict=True)
+        return all(size == 1 for size in self.stride) and all(d * (k - 1) == 2 * p for k, d, p in reach)
+
     def num_expert_parameters(self, rank: int) -> int:
         """Parameters of one expert of that rank: A and B."""
         return rank * self.in_features * math.prod(self.kernel_size) + self.out_features * rank // self.groups
 
 
 class ExpertStack(nn.Module):
-    """The experts of one scale on one layer: ``A (n, r, in, *kernel)`` and ``B (n, out, r / groups)``.
+    """The experts of one scale on one layer: ``A (n, r, k)``, k = in * prod(kernel), and ``B (n, out, r / groups)``.
 
-    A is drawn like PEFT's (Kaiming uniform, a = sqrt 5), B is zero, so a new stack changes nothing. Parameters are fp32
-    until moved; the products run in the input's dtype.
+    A is drawn like PEFT's (Kaiming uniform, a = sqrt 5), B is zero, so a new stack changes nothing. A is kept flat, so
+    that casting a network to a memory format leaves it alone. Parameters are fp32 until moved; the products run in the
+    input's dtype.
 
     Args:
         geometry: of the base layer.
@@ -91,7 +100,7 @@ class ExpertStack(nn.Module):
             )
         self.rank = rank
         self.scaling = alpha / rank
-        self.A = nn.Parameter(torch.empty(num_experts, rank, geometry.in_features, *geometry.kernel_size))
+        self.A = nn.Parameter(torch.empty(num_experts, rank, geometry.in_features * math.prod(geometry.kernel_size)))
         self.B = nn.Parameter(torch.zeros(num_experts, geometry.out_features, rank // geometry.groups))
         for expert in self.A.data:
             nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
@@ -122,7 +131,7 @@ def apply_experts(
     groups = geometry.groups
     downs = [stack.A.index_select(0, owner) for stack, owner in zip(stacks, owners, strict=True)]
     ups = [stack.B.index_select(0, owner) for stack, owner in zip(stacks, owners, strict=True)]
-    down = torch.cat([a.view(len(a), groups, -1, *a.shape[2:]) for a in downs], 2).flatten(1, 2)
+    down = torch.cat([a.view(len(a), groups, -1, a.shape[-1]) for a in downs], 2).flatten(1, 2)
     up = torch.cat(ups, 2)
     strengths = [gates[..., j, None] * stack.scaling for j, stack in enumerate(stacks)]
     strength = torch.cat([s.expand(*s.shape[:-1], b.shape[-1]) for s, b in zip(strengths, ups, strict=True)], -1)
@@ -144,11 +153,11 @@ def _project_down(x: Tensor, down: Tensor, geometry: LayerGeometry) -> Tensor:
     if not geometry.kernel_size:
         return torch.bmm(down, x.reshape(batch, -1, geometry.in_features).transpose(1, 2))
     if geometry.is_pointwise:
-        return torch.bmm(down.flatten(2), x.flatten(2))
+        return torch.bmm(down, x.flatten(2))
     convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(geometry.kernel_size) - 1]
     hidden = convolve(
         x.reshape(1, -1, *x.shape[2:]),
-        down.flatten(0, 1),
+        down.reshape(-1, geometry.in_features, *geometry.kernel_size),
         None,
         geometry.stride,
         geometry.padding,

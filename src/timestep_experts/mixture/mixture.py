@@ -96,13 +96,10 @@ class Mixture:
             torch.manual_seed(seed)
             layers = {name: MixtureLayer(model.get_submodule(name), binding, name) for name in names}
         for name, layer in layers.items():
-            first = next(iter(layer.base_layer.parameters()), None)
-            layer.experts.to(first.device if first is not None else None)
-            if layer.router is not None:
-                layer.router.to(first.device if first is not None else None)
+            layer.move_experts(_device_of(layer.base_layer))
             layer.train(layer.base_layer.training)
             _replace_module(model, name, layer)
-        reader = _TimestepReader(binding, _argument_position(model, timestep_argument), timestep_argument)
+        reader = _TimestepReader(binding, *_find_argument(model, timestep_argument), timestep_argument)
         model.register_forward_pre_hook(reader.read, with_kwargs=True)
         return cls(model, binding, layers)
 
@@ -246,15 +243,17 @@ class _TimestepReader:
     """The hook on the denoiser: reads the timestep of a call, spreads it over the batch, binds it."""
 
     binding: Binding
+    first: str
     position: int | None
     argument: str
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.binding.mode == "off" or self.position is None:
             return
-        sample = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+        sample = args[0] if args else kwargs[self.first]
         t = kwargs[self.argument] if self.argument in kwargs else args[self.position]
-        t = torch.as_tensor(t, device=sample.device).reshape(-1).float()
+        t = t if isinstance(t, Tensor) else torch.tensor([t])  # as_tensor would recompile at every new number
+        t = t.to(sample.device).reshape(-1).float()
         self.binding.route_to(t.expand(sample.shape[0]) if t.shape[0] == 1 else t)
         if torch.is_grad_enabled():
             self._keep_routing_through_checkpoints(module)
@@ -307,6 +306,12 @@ def _replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def _argument_position(model: nn.Module, argument: str) -> int | None:
+def _find_argument(model: nn.Module, argument: str) -> tuple[str, int | None]:
+    """The name of ``forward``'s first parameter, and the position of the one called ``argument``."""
     names = list(inspect.signature(model.forward).parameters)
-    return names.index(argument) if argument in names else None
+    return names[0], names.index(argument) if argument in names else None
+
+
+def _device_of(layer: nn.Module) -> torch.device | None:
+    held = next((tensor for tensors in (layer.parameters(), layer.buffers()) for tensor in tensors), None)
+    return None if held is None else held.device
