@@ -89,13 +89,13 @@ def _paint_neon(picture: Array, item: SceneObject, x: Array, y: Array, pixel: fl
     glow = (0.35 * np.exp(-np.maximum(distance, 0) / 0.22))[..., None] * (1 - inside)
     fill = colour * (0.28 + 0.62 * marks)
     lit = picture * (1 - inside) + fill * inside + colour * glow
-    painted: Array = lit * (1 - outline) + colour * outline
-    return painted
+    return lit * (1 - outline) + colour * outline
 
 
 def _coverage(distance: Array, pixel: float) -> Array:
     """How much of a pixel lies inside, from the signed distance of its centre (one-pixel ramp)."""
-    return np.clip(0.5 - distance / pixel, 0, 1)
+    covered: Array = np.clip(0.5 - distance / pixel, 0, 1)
+    return covered
 
 
 def texture_coverage(texture: str, x: Array, y: Array, pixel: float) -> Array:
