@@ -124,11 +124,11 @@ class MixtureLayer(nn.Module):
             )
         repeats = x.shape[0] // routing.t.shape[0]  # frames or views of one sample stand next to each other
         seen = functional.dropout(x, binding.spec.dropout, self.training) if binding.spec.dropout else x
-        for scales in binding.active_scales():
+        for turn, scales in enumerate(binding.active_scales()):
             gates = self._gates(scales, x, routing.t.repeat_interleave(repeats))
             stacks = [self.experts[scale.name] for scale in scales]
             owners = [routing.owners[scale.name].repeat_interleave(repeats) for scale in scales]
-            y = apply_experts(y, seen, stacks, owners, gates, self.geometry)  # type: ignore[arg-type]  # ModuleDict
+            y = apply_experts(y, seen, stacks, owners, gates, self.geometry, in_place=turn > 0)  # type: ignore[arg-type]
         return y
 
     def _gates(self, scales: Sequence[Scale], x: Tensor, t: Tensor) -> Tensor:

@@ -111,7 +111,14 @@ class ExpertStack(nn.Module):
 
 
 def apply_experts(
-    base: Tensor, x: Tensor, stacks: list[ExpertStack], owners: list[Tensor], gates: Tensor, geometry: LayerGeometry
+    base: Tensor,
+    x: Tensor,
+    stacks: list[ExpertStack],
+    owners: list[Tensor],
+    gates: Tensor,
+    geometry: LayerGeometry,
+    *,
+    in_place: bool = False,
 ) -> Tensor:
     """Add every sample's experts to the base layer's output, in the fused form.
 
@@ -124,9 +131,10 @@ def apply_experts(
         owners: m index tensors ``(B,)``, which expert of the scale each sample uses.
         gates: ``(B, m)``, or ``(B, N, m)`` for a gate per position, any dtype.
         geometry: of the base layer.
+        in_place: ``base`` may be overwritten; only for a tensor that nobody else holds.
 
     Returns:
-        A new tensor shaped like ``base``.
+        A tensor shaped like ``base``.
     """
     groups = geometry.groups
     downs = [stack.A.index_select(0, owner) for stack, owner in zip(stacks, owners, strict=True)]
@@ -140,11 +148,17 @@ def apply_experts(
     hidden = _project_down(x, down.to(x.dtype), geometry)
     if gates.dim() == 3:
         hidden = hidden * strength.transpose(1, 2).to(hidden.dtype).repeat(1, groups, 1)
-    up = up.to(x.dtype)
-    if geometry.kernel_size:
-        return _add_grouped(base.flatten(2), up, hidden, groups).view(base.shape)
-    flat = base.reshape(base.shape[0], -1, base.shape[-1])
-    return torch.baddbmm(flat, hidden.transpose(1, 2), up.transpose(1, 2)).view(base.shape)
+    up = up.to(hidden.dtype)  # under autocast the first product has chosen it
+    add = torch.Tensor.baddbmm_ if in_place else torch.baddbmm
+    if not geometry.kernel_size:
+        flat = base.reshape(base.shape[0], -1, base.shape[-1])
+        return add(flat, hidden.transpose(1, 2), up.transpose(1, 2)).view(base.shape)
+    batch, out = base.shape[:2]  # of a grouped convolution, group g's rows of B see group g's share of the rank
+    return add(
+        base.reshape(batch * groups, out // groups, -1),
+        up.reshape(batch * groups, out // groups, -1),
+        hidden.reshape(batch * groups, -1, hidden.shape[-1]),
+    ).view(base.shape)
 
 
 def _project_down(x: Tensor, down: Tensor, geometry: LayerGeometry) -> Tensor:
@@ -165,15 +179,3 @@ def _project_down(x: Tensor, down: Tensor, geometry: LayerGeometry) -> Tensor:
         batch,  # one group per sample, so each meets its own experts
     )
     return hidden.reshape(batch, down.shape[1], -1)
-
-
-def _add_grouped(base: Tensor, up: Tensor, hidden: Tensor, groups: int) -> Tensor:
-    """``base + B h`` with positions last; B's rows of group g see group g's share of the rank."""
-    if groups == 1:
-        return torch.baddbmm(base, up, hidden)
-    batch, out, positions = base.shape
-    return torch.baddbmm(
-        base.reshape(batch * groups, out // groups, positions),
-        up.reshape(batch * groups, out // groups, -1),
-        hidden.reshape(batch * groups, -1, positions),
-    ).view(batch, out, positions)
