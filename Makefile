@@ -38,7 +38,7 @@ format: $(INSTALLED)  ## Rewrite what ruff can
 
 clean:  ## Remove caches and build outputs; the virtual environment and runs stay
 	rm -rf dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find src tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests scripts examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 assets: $(INSTALLED)  ## Retrain the judge and the base model of the embedded world (about an hour)
 	$(BIN)/python scripts/train_judge.py
