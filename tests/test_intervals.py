@@ -22,6 +22,7 @@ from timestep_experts.intervals import (
     log_snr_of,
     mass_per_interval,
     sigma_of,
+    step_of,
     steps_per_interval,
     t_of_log_snr,
     t_of_sigma,
@@ -355,3 +356,9 @@ def test_refining_different_ranges_is_refused():
 def test_whole_draws_need_a_whole_timestep():
     with pytest.raises(ValueError, match="no whole timestep"):
         draw_timesteps(Interval(0.25, 0.75), UniformDensity(), 3, generator(), integer=True)
+
+
+def test_step_of_finds_each_step_and_the_nearest_in_between():
+    timesteps = [999, 749, 499, 249]
+    assert [step_of(t, timesteps) for t in timesteps] == [0, 1, 2, 3]
+    assert [step_of(t, timesteps) for t in (1000, 900, 874, 870, 0)] == [0, 0, 0, 1, 3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ app = typer.Typer(
     " **route** them.\n\nStart with `timestep-experts run recipes/quickstart.yaml`. Any key of a recipe can be"
     " overridden on the command line: `foster.max_train_steps=100 experts.scales.0.rank=8`.",
 )
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe YAML; see the folder recipes/.", metavar="RECIPE")]
 Overrides = Annotated[
@@ -64,6 +65,7 @@ def _escaped(value: object) -> str:
 def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Do everything: foster and assemble all arms, measure them, print the table and write the report."""
     loaded = _load(recipe, overrides)
+    _quiet_libraries()
     if dry_run:
         _print_plan(loaded)
         return
@@ -79,6 +81,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False
 @app.command()
 def foster(recipe: RecipePath, overrides: Overrides = None, arm: Arm = None, dry_run: DryRun = False) -> None:
     """Stage 1: train the experts of every interval; writes a bundle to switch with."""
+    _quiet_libraries()
     from timestep_experts import jobs
 
     _stage(recipe, overrides, arm, dry_run, jobs.foster_arm)
@@ -87,6 +90,7 @@ def foster(recipe: RecipePath, overrides: Overrides = None, arm: Arm = None, dry
 @app.command()
 def assemble(recipe: RecipePath, overrides: Overrides = None, arm: Arm = None, dry_run: DryRun = False) -> None:
     """Stage 2: train the routers of fostered experts; writes a bundle to route with."""
+    _quiet_libraries()
     from timestep_experts import jobs
 
     def assemble_if_any(loaded: Any, name: str, workshop: Any) -> None:
@@ -116,6 +120,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="Picture i starts from seed + i.")] = 0,
 ) -> None:
     """Draw pictures with a trained bundle."""
+    _quiet_libraries()
     from timestep_experts.jobs.draw import draw
 
     paths = draw(bundle, prompt, output, model, mode, steps, guidance, scheduler, seed)
@@ -151,6 +156,7 @@ def explain(
     shift: Annotated[float, typer.Option(min=1e-3, help="Of flow schedulers.")] = 1.0,
 ) -> None:
     """Say what intervals mean: t, sigma, log-SNR, the steps inside, and other trainers' words for them."""
+    _quiet_libraries()
     from timestep_experts.jobs.explain import explain_interval, explain_partition
 
     given = [value is not None for value in (intervals, boundaries, interval)]
@@ -174,6 +180,18 @@ def _numbers(text: str, option: str, count: int | None = None) -> tuple[float, .
     return numbers
 
 
+def _quiet_libraries() -> None:
+    """Leave the terminal to our own messages and bars."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
 def _load(path: Path, overrides: list[str] | None) -> Any:
     from timestep_experts.config import load_recipe
 
@@ -181,6 +199,7 @@ def _load(path: Path, overrides: list[str] | None) -> Any:
 
 
 def _workshop(recipe: Any) -> Any:
+    _quiet_libraries()
     from timestep_experts.build import build_workshop
 
     workshop = build_workshop(recipe)

@@ -289,6 +289,11 @@ def inference_timesteps(scheduler: NoiseSchedule, num_inference_steps: int) -> l
     return timesteps
 
 
+def step_of(t: float, timesteps: Sequence[float]) -> int:
+    """The step number (from 0) of an inference run that is nearest to a timestep; the noisier one of two as near."""
+    return min(range(len(timesteps)), key=lambda step: abs(timesteps[step] - t))
+
+
 def steps_per_interval(partition: Partition, timesteps: Sequence[float]) -> list[list[int]]:
     """Which steps (counted from 0) of an inference run fall into each interval."""
     steps: list[list[int]] = [[] for _ in range(len(partition))]

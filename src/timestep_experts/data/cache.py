@@ -46,6 +46,7 @@ class EncodedPictures:
         features: text features by denoiser argument, ``(M + 1, ...)``; the last row is the empty caption.
         captions: M different captions.
         skipped: what was left out, and why.
+        key: hash of contents and settings; empty for data made by hand.
     """
 
     latents: Tensor
@@ -53,6 +54,7 @@ class EncodedPictures:
     features: dict[str, Tensor]
     captions: tuple[str, ...]
     skipped: tuple[Skipped, ...]
+    key: str = ""
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -87,6 +89,7 @@ def encode_dataset(pictures: PictureSet, settings: PictureSettings, family: Fami
         features=features,
         captions=tuple(report["captions"]),
         skipped=(*pictures.skipped, *(Skipped(**item) for item in report["skipped"])),
+        key=key,
     )
 
 

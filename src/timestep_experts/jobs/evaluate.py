@@ -66,7 +66,9 @@ def reported_partition(recipe: Recipe, workshop: Workshop) -> Partition:
 
 def write_run_report(recipe: Recipe, workshop: Workshop, results: Sequence[Result], command: str) -> Path:
     """Write ``report.html`` and ``results.json``; returns the report's path."""
-    pictures: dict[str, NDArray[np.uint8]] = {"real": _references(workshop, recipe.resolution)[:NUM_SHOWN]}
+    pictures: dict[str, NDArray[np.uint8]] = {}
+    if recipe.evaluation.prompts is None:  # then prompts are captions of validation pictures
+        pictures["real"] = _references(workshop, recipe.resolution)[:NUM_SHOWN]
     for result in results:
         shown = _load_pictures(_folder(recipe, result.arm, result.mode), NUM_SHOWN)
         if len(shown):
@@ -79,7 +81,7 @@ def write_run_report(recipe: Recipe, workshop: Workshop, results: Sequence[Resul
         intervals=reported_partition(recipe, workshop).intervals,
         training_logs=_training_logs(recipe),
         prompts=workshop.prompts[:NUM_SHOWN],
-        pictures=pictures if len(pictures) > 1 else {},
+        pictures=pictures if workshop.prompts else {},
         notes=_notes(recipe, workshop),
         skipped=[(item.place, item.reason) for item in workshop.train.skipped + workshop.validation.skipped],
         environment=_environment(),
@@ -193,7 +195,7 @@ def _identity(recipe: Recipe, workshop: Workshop, arm: str) -> dict[str, Any]:
         "resolution": recipe.resolution,
         "base_model": recipe.pretrained_model_name_or_path,
         "prompts": list(workshop.prompts),
-        "validation": float(workshop.validation.latents.double().sum()),
+        "validation_pictures": workshop.validation.key,
         "bundle": hashlib.sha256(tensors.read_bytes()).hexdigest() if tensors.is_file() else None,
     }
 

@@ -111,22 +111,22 @@ def _run(
         build_optimiser_settings(optimiser),
         build_loop_settings(recipe),
         folder / stage.name,
-        _identity(recipe, workshop),
+        _identity(recipe, workshop, stage),
         _observer(recipe, mixture, workshop, folder / stage.name, mode),
     )
 
 
-def _identity(recipe: Recipe, workshop: Workshop) -> dict[str, Any]:
+def _identity(recipe: Recipe, workshop: Workshop, stage: Stage) -> dict[str, Any]:
     """Whatever decides the bytes of a stage's result."""
-    document = recipe.model_dump(mode="json", include={"seed", "resolution", "experts", "foster", "assemble"})
+    parts = {"seed", "experts", "foster"} | ({"assemble"} if stage.name == "assemble" else set())
+    document = recipe.model_dump(mode="json", include=parts)
     training = recipe.training.model_dump(include={"mixed_precision", "gradient_accumulation_steps"})
     return {
         **document,
         **training,
         "base_model": recipe.pretrained_model_name_or_path,
         "caption_dropout": recipe.data.caption_dropout,
-        "num_train_pictures": len(workshop.train),
-        "latents_sum": float(workshop.train.latents.double().sum()),
+        "train_pictures": workshop.train.key,
     }
 
 
