@@ -72,7 +72,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--num-pictures", type=int, default=32000, help="rendered scenes per domain")
     parser.add_argument("--autoencoder-steps", type=int, default=2500)
-    parser.add_argument("--steps", type=int, default=4600)
+    parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--checkpointing-steps", type=int, default=500)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=1e-2)

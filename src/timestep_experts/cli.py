@@ -17,7 +17,7 @@ from rich.table import Table
 
 from timestep_experts.intervals import Interval, Partition
 
-USER_ERROR, OWN_ERROR = 2, 1
+USER_ERROR = 2
 
 app = typer.Typer(
     name="timestep-experts",
@@ -40,7 +40,7 @@ Arm = Annotated[str | None, typer.Option(help="Only this arm of the recipe; defa
 
 
 def main() -> None:
-    """Entry point: exit code 0, 2 with one message for a user's error, 1 with a traceback for ours."""
+    """Entry point: exit code 0; 2 with one message for a user's error; 1 with a traceback for ours."""
     with _user_errors():
         app()
 
@@ -50,11 +50,18 @@ def _user_errors() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        if not _is_raised_by_us(error):
+            raise
         Console(stderr=True).print(f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
         sys.exit(USER_ERROR)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command goes on from the last checkpoint")
-        sys.exit(130)
+
+
+def _is_raised_by_us(error: BaseException) -> bool:
+    """Whether this package raised it, and so explains it; what a library raises is a fault of ours."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals["__name__"].startswith("timestep_experts")
 
 
 def _escaped(value: object) -> str:
