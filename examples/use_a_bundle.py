@@ -18,7 +18,7 @@ PROMPT = "a red plain star above a blue dotted circle"
 
 def main(bundle: str) -> None:
     """Write ``switch.png``, ``route.png`` and ``base.png``."""
-    pipeline = StableDiffusionPipeline.from_pretrained(resolve_model("world/base"), torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(resolve_model("world/base")).to(torch.float32)
     mixture = attach(pipeline, bundle)
     for mode in ("switch", "route"):
         mixture.mode = mode  # type: ignore[assignment]  # a loop over literals

@@ -20,6 +20,7 @@ from timestep_experts.data import (
 from timestep_experts.data.sources import WORLD_PREFIX
 from timestep_experts.evaluation import LossSettings
 from timestep_experts.inference import SampleSettings
+from timestep_experts.inference.sample import make_scheduler
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale, asymmetric
 from timestep_experts.models import Family, StableDiffusion
@@ -63,9 +64,10 @@ def build_device(recipe: Recipe) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        torch.empty(0, device=name)
         return torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"recipe.device: {error}") from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"recipe.device: {name!r} cannot be used: {error}") from error
 
 
 def resolve_model(source: str) -> str:
@@ -105,13 +107,15 @@ def build_workshop(recipe: Recipe) -> Workshop:
     cache = recipe.output_dir / "cache"
     settings = PictureSettings(recipe.resolution, recipe.data.flip)
     prompts = build_prompts(recipe, validation)
+    is_judged = _is_judged(recipe, prompts)
+    make_scheduler(recipe.evaluation.scheduler, family.pipeline().scheduler.config)  # fails before hours of training
     return Workshop(
         family=family,
         train=encode_dataset(train, settings, family, cache),
         validation=encode_dataset(validation, PictureSettings(recipe.resolution), family, cache),
         references=validation,
         prompts=prompts,
-        is_judged=_is_judged(recipe, prompts),
+        is_judged=is_judged,
     )
 
 
@@ -132,12 +136,14 @@ def build_prompts(recipe: Recipe, validation: PictureSet) -> tuple[str, ...]:
 
 
 def _is_judged(recipe: Recipe, prompts: tuple[str, ...]) -> bool:
-    if recipe.evaluation.judge != "auto":
-        return recipe.evaluation.judge == "scenes"
+    if recipe.evaluation.judge == "off":
+        return False
     try:
         for prompt in prompts:
             parse_caption(prompt)
     except ValueError:
+        if recipe.evaluation.judge == "scenes":
+            raise
         return False
     return bool(prompts)
 

@@ -78,8 +78,9 @@ def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False
         return
     from timestep_experts import jobs
 
-    jobs.prepare_output(loaded)
+    jobs.make_plan(loaded)  # what does not fit fails here, before anything is written
     workshop = _workshop(loaded)
+    jobs.prepare_output(loaded)
     for arm in loaded.arm_names:
         _train_arm(loaded, arm, workshop)
     _evaluate(loaded, workshop)
@@ -140,7 +141,7 @@ def show(bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")]) -> 
     from timestep_experts.formats import load_bundle
 
     loaded = load_bundle(bundle)
-    table = Table("scale", "role", "resting gate", "rank", "alpha", "experts", "intervals", title=str(bundle))
+    table = Table("scale", "role", "resting gate", "rank", "alpha", "experts", "intervals", title=_escaped(bundle))
     for scale in loaded.spec.scales:
         role = "context (gated)" if scale.gated else "core"
         count = str(len(scale.partition))
@@ -148,7 +149,9 @@ def show(bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")]) -> 
         table.add_row(*row, _escaped(scale.partition))
     console.print(table)
     stored = sum(value.numel() for value in loaded.tensors.values())
-    console.print(f"for a {loaded.denoiser_class} ({loaded.base_model}), {len(loaded.target_modules)} modules")
+    console.print(
+        f"for a {loaded.denoiser_class} ({_escaped(loaded.base_model)}), {len(loaded.target_modules)} modules"
+    )
     console.print(f"{stored:,} parameters stored; meant to be used in mode [bold]{loaded.mode}[/]")
     console.print_json(json.dumps(dict(loaded.provenance)))
 
@@ -224,19 +227,20 @@ def _stage(
     path: Path, overrides: list[str] | None, arm: str | None, dry_run: bool, job: Callable[[Any, str, Any], None]
 ) -> None:
     recipe = _load(path, overrides)
+    if arm is not None:
+        recipe.arm(arm)
     if dry_run:
-        _print_plan(recipe)
+        _print_plan(recipe, arm)
         return
     from timestep_experts import jobs
 
-    if arm is not None:
-        recipe.arm(arm)
+    jobs.make_plan(recipe)  # what does not fit fails here, before anything is written
     jobs.prepare_output(recipe)
     workshop = _workshop(recipe)
     for name in [arm] if arm is not None else recipe.arm_names:
         job(recipe, name, workshop)
         bundle = recipe.output_dir / "arms" / name / "bundle"
-        console.print(f"{name}: {bundle}")
+        console.print(f"{name}: {_escaped(bundle)}", soft_wrap=True)
 
 
 def _train_arm(recipe: Any, arm: str, workshop: Any) -> None:
@@ -257,15 +261,17 @@ def _evaluate(recipe: Any, workshop: Any) -> None:
     intervals = jobs.reported_partition(recipe, workshop).intervals
     console.print(interval_table(results, intervals))
     console.print(results_table(results, intervals))
-    console.print(f"report: [bold]{report}")
+    console.print(f"report: [bold]{_escaped(report)}", soft_wrap=True)
 
 
-def _print_plan(recipe: Any) -> None:
+def _print_plan(recipe: Any, arm: str | None = None) -> None:
     from timestep_experts.jobs import make_plan
 
     titles = ("arm", "stage", "experts", "trained", "steps", "samples per expert", "samples", "memory")
     table = Table(*titles, title="plan; memory is weights, gradients and optimiser state, activations come on top")
     for stage in make_plan(recipe):
+        if arm not in (None, stage.arm):
+            continue
         low, high = stage.samples_per_expert
         table.add_row(
             stage.arm,

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
@@ -47,6 +47,10 @@ class ScaleConfig(_Strict):
     def _one_partition(self) -> ScaleConfig:
         if (self.intervals is None) == (self.boundaries is None):
             raise ValueError("give either intervals or boundaries")
+        for key in ("learning_rate", "max_train_steps"):
+            value = getattr(self, key)
+            if isinstance(value, tuple) and len(value) != self.num_experts:
+                raise ValueError(f"{self.num_experts} experts need as many values of {key}; got {len(value)} values")
         return self
 
     @property
@@ -195,7 +199,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ValueError(f"an override reads key=value; got {override!r}")
-        _set(document, key.split("."), yaml.safe_load(value), override)
+        try:
+            _set(document, key.split("."), yaml.safe_load(value), override)
+        except (yaml.YAMLError, IndexError) as error:
+            raise ValueError(f"override {override!r} cannot be applied: {error}") from error
     recipe = parse_recipe(document, where="recipe")
     for name in recipe.arm_names:
         recipe.arm(name)  # every arm must fit the schema before anything starts
@@ -211,7 +218,8 @@ def parse_recipe(document: Mapping[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(problem, where) for problem in error.errors())) from error
+        problems = [p for p in error.errors() if not _is_consequence(p, error.errors())]
+        raise ValueError("\n".join(_explain(problem, where) for problem in problems)) from error
 
 
 def describe_schema(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str]]:
@@ -225,26 +233,53 @@ def describe_schema(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterat
             yield f"{prefix}{name}", default, field.description or ""
 
 
+def _is_consequence(problem: Mapping[str, Any], problems: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a list only counts as too short because its items are wrong, which is said of them already."""
+    place = problem["loc"]
+    return problem["type"] == "too_short" and any(
+        p["loc"] != place and p["loc"][: len(place)] == place for p in problems
+    )
+
+
 def _explain(problem: Mapping[str, Any], where: str) -> str:
     place = ".".join([where, *(str(part) for part in problem["loc"])])
     if problem["type"] != "extra_forbidden":
         return f"{place}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"
-    key = str(problem["loc"][-1])
-    known = sorted({name.rpartition(".")[2] for name, _, _ in describe_schema()} | set(ScaleConfig.model_fields))
-    near = difflib.get_close_matches(key, [*known, *Recipe.model_fields], 1)
+    *parents, key = (str(part) for part in problem["loc"])
+    near = difflib.get_close_matches(key, _keys_under(parents), 1)
     return f"{place}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _keys_under(parents: Sequence[str]) -> list[str]:
+    """The valid keys of the section that a path of keys and list indices leads to."""
+    sections: dict[str, type[BaseModel]] = {"scales": ScaleConfig, "optimizer": OptimizerConfig}
+    section: type[BaseModel] = Recipe
+    for part in parents:
+        field = section.model_fields.get(part)
+        if part in sections:
+            section = sections[part]
+        elif field is not None:
+            kinds = [field.annotation, *get_args(field.annotation)]
+            section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return list(section.model_fields)
 
 
 def _set(document: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> None:
     node: Any = document
-    for key in keys[:-1]:
-        node = node[int(key)] if isinstance(node, list) and key.isdigit() else node.setdefault(key, {})
-        if not isinstance(node, dict | list):
-            raise ValueError(f"override {override!r}: {key!r} holds a value, not further keys")
-    if isinstance(node, list):
-        node[int(keys[-1])] = value
-    else:
-        node[keys[-1]] = value
+    for depth, key in enumerate(keys):
+        place: str | int = key
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise ValueError(f"override {override!r}: {key!r} is no index of a list of {len(node)}")
+            place = int(key)
+        elif not isinstance(node, dict):
+            raise ValueError(f"override {override!r}: {keys[depth - 1]!r} holds a value, not further keys")
+        if depth == len(keys) - 1:
+            node[place] = value
+        elif isinstance(node, dict):
+            node = node.setdefault(key, {})
+        else:
+            node = node[int(key)]
 
 
 def _merged(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

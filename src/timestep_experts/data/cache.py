@@ -88,7 +88,7 @@ def encode_dataset(pictures: PictureSet, settings: PictureSettings, family: Fami
         caption_rows=tensors["caption_rows"],
         features=features,
         captions=tuple(report["captions"]),
-        skipped=(*pictures.skipped, *(Skipped(**item) for item in report["skipped"])),
+        skipped=(*pictures.skipped, *(Skipped(pictures.examples[i].place, why) for i, why in report["skipped"])),
         key=key,
     )
 
@@ -119,14 +119,15 @@ def _build(
     examples: tuple[Example, ...], settings: PictureSettings, family: Family, tensors_path: Path, report_path: Path
 ) -> None:
     pixels, kept, skipped = [], [], []
-    for example in tqdm(examples, desc="decoding pictures", unit="picture", leave=False):
+    for row, example in enumerate(tqdm(examples, desc="decoding pictures", unit="picture", leave=False)):
         try:
             pixels.append(to_pixels(example.open(), settings.resolution))
             kept.append(example)
         except OSError as error:
-            skipped.append(Skipped(example.place, str(error)))
+            skipped.append((row, str(error)))  # by row, for files may be renamed
     if not kept:
-        raise ValueError(f"none of {len(examples)} pictures can be decoded{list_skipped(skipped)}")
+        listed = [Skipped(examples[row].place, why) for row, why in skipped]
+        raise ValueError(f"none of {len(examples)} pictures can be decoded{list_skipped(listed)}")
     captions = sorted({example.caption for example in kept})
     row_of = {caption: row for row, caption in enumerate(captions)}
     caption_rows = torch.tensor([row_of[example.caption] for example in kept])
@@ -139,7 +140,7 @@ def _build(
         tensors_path,
         {"latents": latents, "caption_rows": caption_rows, **{f"text.{n}": value for n, value in features.items()}},
     )
-    write_json(report_path, {"captions": captions, "skipped": [vars(item) for item in skipped]})
+    write_json(report_path, {"captions": captions, "skipped": skipped})
 
 
 def _encode_captions(family: Family, captions: list[str]) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from timestep_experts.world.render import DOMAINS, render
 from timestep_experts.world.scenes import draw_scenes
@@ -47,8 +48,11 @@ class Example:
         try:
             picture: Image.Image = Image.open(io.BytesIO(self.read()))
             picture.load()
+            picture = ImageOps.exif_transpose(picture)
         except (UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise OSError(f"not a readable picture: {error}") from error
+        if picture.mode.startswith("I;16"):  # which convert() would clip, not scale
+            picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
             layer = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
@@ -89,7 +93,7 @@ def open_dataset(path: str, *, max_samples: int | None, seed: int, held_out: boo
         return _world(path.removeprefix(WORLD_PREFIX), max_samples or 2048, seed, held_out)
     folder = Path(path).expanduser()
     is_plain_folder = folder.is_dir() and not _is_saved_dataset(folder)
-    found = list(_folder(folder) if is_plain_folder else _hugging_face(path))
+    found = list(_folder(folder) if is_plain_folder else _hugging_face(str(folder) if folder.exists() else path))
     examples = tuple(item for item in found if isinstance(item, Example))[:max_samples]
     skipped = tuple(item for item in found if isinstance(item, Skipped))
     if not examples:
@@ -127,28 +131,44 @@ def list_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:
 
 
 def _folder(folder: Path) -> Iterator[Example | Skipped]:
-    for name in ("metadata.jsonl", "metadata.csv"):
-        if (folder / name).is_file():
-            yield from (_listed(folder, place, row) for place, row in _metadata_rows(folder / name))
-            return
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in PICTURE_SUFFIXES:
-            yield _with_text_file(path)
+    pictures = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_SUFFIXES]
+    table = next((folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()), None)
+    if table is None:
+        yield from map(_with_text_file, pictures)
+        return
+    named = set()
+    for place, row in _metadata_rows(table):
+        named.add(folder / str(row.get("file_name")) if isinstance(row, Mapping) else None)
+        yield _listed(folder, place, row)
+    for path in pictures:
+        if path not in named:
+            yield Skipped(str(path), f"no row in {table.name}")
 
 
 def _metadata_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
     """Each row with its place; a row that cannot be read is the reason why."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
-            yield from ((f"{path}:{number}", row) for number, row in enumerate(csv.DictReader(file), 2))
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                    yield f"{path}:{number}", row if isinstance(row, dict) else "not a JSON object"
-                except json.JSONDecodeError as error:
-                    yield f"{path}:{number}", f"not JSON: {error}"
+    lines = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    if path.suffix == ".csv":
+        for number, fields in enumerate(csv.DictReader(io.StringIO(lines, newline="")), 2):
+            yield f"{path}:{number}", fields if _is_utf8("".join(map(str, fields.values()))) else "not UTF-8 text"
+        return
+    for number, line in enumerate(lines.splitlines(), 1):
+        if line.strip():
+            yield f"{path}:{number}", _parse_row(line)
+
+
+def _parse_row(line: str) -> Mapping[str, Any] | str:
+    if not _is_utf8(line):
+        return "not UTF-8 text"
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        return f"not JSON: {error}"
+    return row if isinstance(row, dict) else "not a JSON object"
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\udc80" <= letter <= "\udcff" for letter in text)
 
 
 def _listed(folder: Path, place: str, row: Mapping[str, Any] | str) -> Example | Skipped:
@@ -160,7 +180,9 @@ def _listed(folder: Path, place: str, row: Mapping[str, Any] | str) -> Example |
     column = next((name for name in CAPTION_COLUMNS if name in row), None)
     if column is None:
         return Skipped(place, f"no caption column; one of {', '.join(CAPTION_COLUMNS)} is needed")
-    return _checked(path, str(row[column] or ""))
+    if not isinstance(row[column], str | None):
+        return Skipped(place, "the caption is not text")
+    return _checked(path, row[column] or "")
 
 
 def _with_text_file(path: Path) -> Example | Skipped:
@@ -205,8 +227,11 @@ def _hugging_face(path: str) -> Iterator[Example | Skipped]:
         )
     table = table.cast_column(picture, datasets.Image(decode=False))
     for row, caption in enumerate(table[column]):
-        if not (caption or "").strip():
-            yield Skipped(f"{path}[{row}]", "empty caption")
+        if not isinstance(caption, str) or not caption.strip():
+            yield Skipped(
+                f"{path}[{row}]",
+                "the caption is not text" if caption and not isinstance(caption, str) else "empty caption",
+            )
         else:
             yield Example(f"{path}[{row}]", " ".join(caption.split()), _row_reader(table, row, picture))
 
@@ -214,6 +239,8 @@ def _hugging_face(path: str) -> Iterator[Example | Skipped]:
 def _row_reader(table: Any, row: int, column: str) -> Callable[[], bytes]:
     def read() -> bytes:
         stored = table[row][column]
+        if stored is None:
+            raise OSError("no picture in this row")
         content: bytes = stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
         return content
 

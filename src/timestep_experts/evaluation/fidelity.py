@@ -23,7 +23,7 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
     gap = (one.mean(0) - other.mean(0)).square().sum()
     first, second = torch.cov(one.T), torch.cov(other.T)
     roots = torch.linalg.eigvals(first @ second).real.clamp(min=0).sqrt()  # of a product of two psd matrices
-    return float(gap + first.trace() + second.trace() - 2 * roots.sum())
+    return max(0.0, float(gap + first.trace() + second.trace() - 2 * roots.sum()))  # rounding may fall below
 
 
 def judge_features(pictures: NDArray[np.uint8]) -> Tensor:

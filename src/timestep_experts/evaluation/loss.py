@@ -71,7 +71,7 @@ def loss_curve(family: Family, pictures: EncodedPictures, settings: LossSettings
     """Measure the family's denoiser as it stands, with whatever experts it carries in their present mode."""
     sums = [_bin_losses(family, pictures, batches) for _, batches in evaluation_batches(family, pictures, settings)]
     means = tuple(losses.mean().item() for losses in sums)
-    errors = tuple((losses.std() / len(losses) ** 0.5).item() for losses in sums)
+    errors = tuple((losses.std(correction=min(1, len(losses) - 1)) / len(losses) ** 0.5).item() for losses in sums)
     return LossCurve(settings.bins.intervals, means, errors)
 
 

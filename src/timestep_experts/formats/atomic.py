@@ -28,7 +28,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         if path.is_dir():
             old = path.parent / f".{path.name}.old-{os.getpid()}"
             path.replace(old)
-            draft.replace(path)
+            try:
+                draft.replace(path)
+            except OSError:
+                old.replace(path)
+                raise
             _remove(old)
         else:
             draft.replace(path)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,6 +23,19 @@ from timestep_experts.mixture import MixtureSpec, Mode
 FORMAT = "timestep-experts/bundle"
 FORMAT_VERSION = 1
 _SPEC = TypeAdapter(MixtureSpec)
+
+
+class _Document(BaseModel):
+    """``mixture.json``."""
+
+    format: str
+    format_version: int = Field(strict=True, ge=1)
+    mode: Mode
+    base_model: str
+    denoiser_class: str
+    mixture: MixtureSpec
+    target_modules: tuple[str, ...] = Field(min_length=1)
+    provenance: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -75,30 +88,33 @@ def load_bundle(folder: Path | str) -> Bundle:
     folder = Path(folder)
     document = _read_document(folder / "mixture.json")
     try:
-        return Bundle(
-            spec=_SPEC.validate_python(document["mixture"]),
-            target_modules=tuple(document["target_modules"]),
-            tensors=load_file(folder / "mixture.safetensors"),
-            mode=document["mode"],
-            base_model=document["base_model"],
-            denoiser_class=document["denoiser_class"],
-            provenance=document["provenance"],
-        )
-    except (KeyError, ValidationError, SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"the bundle {folder} is damaged: {error}") from error
+        tensors = load_file(folder / "mixture.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"the bundle {folder} is damaged: mixture.safetensors: {error}") from error
+    return Bundle(
+        spec=document.mixture,
+        target_modules=document.target_modules,
+        tensors=tensors,
+        mode=document.mode,
+        base_model=document.base_model,
+        denoiser_class=document.denoiser_class,
+        provenance=document.provenance,
+    )
 
 
-def _read_document(path: Path) -> dict[str, Any]:
+def _read_document(path: Path) -> _Document:
     if not path.is_file():
         raise ValueError(f"no bundle at {path.parent}: it has no {path.name}")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"the bundle {path.parent} is damaged: {path.name} is not JSON ({error})") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError(f"{path} does not describe a bundle: its 'format' should be {FORMAT!r}")
-    if document["format_version"] > FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {document['format_version']}; this release reads up to {FORMAT_VERSION}"
-        )
-    return document
+    version = document.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version}; this release reads up to {FORMAT_VERSION}")
+    try:
+        return _Document.model_validate(document)
+    except ValidationError as error:
+        raise ValueError(f"the bundle {path.parent} is damaged: {path.name}: {error}") from error

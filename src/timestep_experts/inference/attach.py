@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def attach(pipeline: Any, bundle: Bundle | Path | str, mode: Mode | None = None)
             f" of this pipeline lacks {len(missing)} of its {len(bundle.target_modules)} modules:\n  "
             + "\n  ".join(missing)
         )
-    mixture = Mixture.attach(denoiser, bundle.spec, bundle.target_modules)
+    exactly = "|".join(re.escape(name) for name in bundle.target_modules)
+    mixture = Mixture.attach(denoiser, bundle.spec, exactly)
     try:
         mixture.load_state_dict(bundle.tensors)
         mixture.mode = mode or bundle.mode

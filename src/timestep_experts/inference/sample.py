@@ -86,4 +86,7 @@ def make_scheduler(name: str, config: Any) -> Any:
     if kind is None:
         known = sorted(n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax"))
         raise ValueError(f"diffusers has no scheduler {name!r}; it has {', '.join(known)}")
-    return kind.from_config(config)
+    try:
+        return kind.from_config(config)
+    except Exception as error:  # schedulers raise many kinds, missing libraries among them
+        raise ValueError(f"{name} cannot be made for this noise schedule: {error}") from error

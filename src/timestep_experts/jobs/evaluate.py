@@ -51,12 +51,13 @@ def evaluate(recipe: Recipe, workshop: Workshop) -> list[Result]:
         ValueError: an arm has no bundle yet.
     """
     settings = build_loss_settings(recipe, reported_partition(recipe, workshop))
-    results = [_measure(recipe, workshop, settings, BASE, "off")]
     for arm in recipe.arm_names:
-        for mode in _modes(recipe, arm):
-            load_bundle(arm_folder(recipe, arm) / "bundle")  # fails early, before minutes of sampling
-            results.append(_measure(recipe, workshop, settings, arm, mode))
-    return results
+        load_bundle(arm_folder(recipe, arm) / "bundle")  # fails before minutes of sampling
+    rows: list[tuple[str, Mode]] = [
+        (BASE, "off"),
+        *((arm, mode) for arm in recipe.arm_names for mode in _modes(recipe, arm)),
+    ]
+    return [_measure(recipe, workshop, settings, arm, mode) for arm, mode in rows]
 
 
 def reported_partition(recipe: Recipe, workshop: Workshop) -> Partition:
@@ -104,7 +105,7 @@ def _folder(recipe: Recipe, arm: str, mode: str) -> Path:
 
 def _measure(recipe: Recipe, workshop: Workshop, settings: LossSettings, arm: str, mode: Mode) -> Result:
     folder = _folder(recipe, arm, mode)
-    identity = _identity(recipe, workshop, arm)
+    identity = _identity(recipe, workshop, settings, arm)
     stored = folder / "result.json"
     if stored.is_file():
         document = json.loads(stored.read_text(encoding="utf-8"))
@@ -187,11 +188,12 @@ def _training_logs(recipe: Recipe) -> dict[str, list[dict[str, float]]]:
     }
 
 
-def _identity(recipe: Recipe, workshop: Workshop, arm: str) -> dict[str, Any]:
+def _identity(recipe: Recipe, workshop: Workshop, settings: LossSettings, arm: str) -> dict[str, Any]:
     """Whatever decides a measurement."""
     tensors = arm_folder(recipe, arm) / "bundle" / "mixture.safetensors"
     return {
         "evaluation": recipe.evaluation.model_dump(mode="json"),
+        "intervals": list(settings.partition.boundaries),
         "resolution": recipe.resolution,
         "base_model": recipe.pretrained_model_name_or_path,
         "prompts": list(workshop.prompts),

@@ -42,8 +42,16 @@ def load_scheduler(name: str, shift: float) -> Any:
 
 
 def explain_partition(partition: Partition, scheduler_name: str, num_inference_steps: int, shift: float) -> Group:
-    """One row per interval: t, sigma, log-SNR, training mass, inference steps."""
+    """One row per interval: t, sigma, log-SNR, training mass, inference steps.
+
+    Raises:
+        ValueError: the partition does not end at t = 1000, or a shift is given to a scheduler that has none.
+    """
+    if partition.num_train_timesteps != 1000:
+        raise ValueError(f"boundaries must end at t = 1000; got {partition.num_train_timesteps:g}")
     scheduler = load_scheduler(scheduler_name, shift)
+    if shift != 1 and hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(f"--shift is of flow schedulers; {scheduler_name} is none")
     timesteps = inference_timesteps(scheduler, num_inference_steps)
     steps = steps_per_interval(partition, timesteps)
     masses = mass_per_interval(partition, _density(scheduler, shift))

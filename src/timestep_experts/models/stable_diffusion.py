@@ -42,10 +42,10 @@ class StableDiffusion:
         if Path(source).suffix == ".safetensors":
             load = StableDiffusionPipeline.from_single_file
         try:
-            pipeline = load(source, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False)
-        except (OSError, ValueError, TypeError) as error:
+            pipeline = load(source, safety_checker=None, requires_safety_checker=False).to(device, dtype)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"cannot load a Stable Diffusion pipeline from {source!r}: {error}") from error
-        return cls.around(pipeline.to(device), source)
+        return cls.around(pipeline, source)
 
     @classmethod
     def around(cls, pipeline: StableDiffusionPipeline, source: str = "a pipeline in memory") -> StableDiffusion:

@@ -31,8 +31,8 @@ class SceneObject:
 class Scene:
     """Two objects that differ in colour and in shape, and the place of the first relative to the second.
 
-    Captions name the objects in reading order. Relations that turn it round ("right of", "below") are left out: a causal
-    text encoder as small as the shipped one needs far longer to learn which object they put where.
+    Captions name the objects in reading order. Relations that turn it round ("right of", "below") are left out: a
+    causal text encoder as small as the shipped one needs far longer to learn which object they put where.
     """
 
     first: SceneObject
