@@ -86,7 +86,8 @@ def _empty_denoiser(recipe: Recipe) -> torch.nn.Module:
         config = UNet2DConditionModel.load_config(source, subfolder="unet")
     except OSError as error:
         raise ValueError(
-            f"cannot load a Stable Diffusion pipeline from {source!r}: cannot read the denoiser's configuration of it: {error}"
+            f"cannot load a Stable Diffusion pipeline from {source!r}:"
+            f" cannot read the denoiser's configuration of it: {error}"
         ) from error
     with torch.device("meta"):
         denoiser: torch.nn.Module = UNet2DConditionModel.from_config(config)
