@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -220,17 +220,6 @@ def parse_recipe(document: Mapping[str, Any], where: str) -> Recipe:
     except ValidationError as error:
         problems = [p for p in error.errors() if not _is_consequence(p, error.errors())]
         raise ValueError("\n".join(_explain(problem, where) for problem in problems)) from error
-
-
-def describe_schema(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Every key of the recipe: (dotted name, default, description)."""
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from describe_schema(kind, f"{prefix}{name}.")
-        else:
-            default = "required" if field.is_required() else str(field.default)
-            yield f"{prefix}{name}", default, field.description or ""
 
 
 def _is_consequence(problem: Mapping[str, Any], problems: Sequence[Mapping[str, Any]]) -> bool:
