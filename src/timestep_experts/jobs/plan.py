@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from timestep_experts.build import build_assemble_settings, build_foster_settings, build_spec, resolve_model
 from timestep_experts.config import Recipe
@@ -52,10 +52,10 @@ def make_plan(recipe: Recipe) -> list[StagePlan]:
 
 def _plan_arm(recipe: Recipe, arm: str) -> list[StagePlan]:
     own = recipe.arm(arm)
-    denoiser = _empty_denoiser(own)
-    spec = build_spec(own.experts, 1000)
+    denoiser, num_train_timesteps = _empty_base(own)
+    spec = build_spec(own.experts, num_train_timesteps)
     mixture = Mixture.attach(denoiser, spec, own.experts.target_modules)
-    base = sum(p.numel() for layer in [denoiser] for p in layer.parameters()) - mixture.count_parameters().stored
+    base = sum(p.numel() for p in denoiser.parameters()) - mixture.count_parameters().stored
     stages = foster(mixture, build_foster_settings(own))
     if has_second_stage(recipe, arm):
         stages.append(assemble(mixture, build_assemble_settings(own)))
@@ -80,15 +80,17 @@ def _plan_arm(recipe: Recipe, arm: str) -> list[StagePlan]:
     return plans
 
 
-def _empty_denoiser(recipe: Recipe) -> torch.nn.Module:
+def _empty_base(recipe: Recipe) -> tuple[torch.nn.Module, int]:
+    """The denoiser without weights, and its number of training timesteps."""
     source = resolve_model(recipe.pretrained_model_name_or_path)
     try:
         config = UNet2DConditionModel.load_config(source, subfolder="unet")
+        scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler")
     except OSError as error:
         raise ValueError(
             f"cannot load a Stable Diffusion pipeline from {source!r}:"
-            f" cannot read the denoiser's configuration of it: {error}"
+            f" cannot read the configurations of its denoiser and scheduler: {error}"
         ) from error
     with torch.device("meta"):
         denoiser: torch.nn.Module = UNet2DConditionModel.from_config(config)
-    return denoiser
+    return denoiser, int(scheduler.config["num_train_timesteps"])

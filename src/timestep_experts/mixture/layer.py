@@ -125,18 +125,21 @@ class MixtureLayer(nn.Module):
         repeats = x.shape[0] // routing.t.shape[0]  # frames or views of one sample stand next to each other
         seen = functional.dropout(x, binding.spec.dropout, self.training) if binding.spec.dropout else x
         for turn, scales in enumerate(binding.active_scales()):
-            gates = self._gates(scales, x, routing.t.repeat_interleave(repeats))
+            gates = self._gates(scales, x, _repeat(routing.t, repeats))
             stacks = [self.experts[scale.name] for scale in scales]
-            owners = [routing.owners[scale.name].repeat_interleave(repeats) for scale in scales]
+            owners = [_repeat(routing.owners[scale.name], repeats) for scale in scales]
             y = apply_experts(y, seen, stacks, owners, gates, self.geometry, in_place=turn > 0)  # type: ignore[arg-type]
         return y
 
-    def _gates(self, scales: Sequence[Scale], x: Tensor, t: Tensor) -> Tensor:
-        """Gates of scales of one role, ``(B, m)`` or ``(B, N, m)`` fp32."""
+    def _gates(self, scales: Sequence[Scale], x: Tensor, t: Tensor) -> Tensor | None:
+        """Gates of scales of one role, ``(B, m)`` or ``(B, N, m)`` fp32; ``None`` where all are 1."""
         binding = self.binding
         constants = [1.0 if binding.mode == "foster" else scale.constant_gate for scale in scales]
+        is_routed = binding.mode == "route" and self.router is not None and scales[0].gated
+        if not is_routed and all(gate == 1 for gate in constants):
+            return None
         resting = torch.stack([torch.full_like(t, gate) for gate in constants], -1)
-        if binding.mode != "route" or self.router is None or not scales[0].gated:
+        if self.router is None or not is_routed:
             return resting
         routed: Tensor = self.router(self._positions(x), t)
         if binding.gate_log is not None:
@@ -148,3 +151,7 @@ class MixtureLayer(nn.Module):
         if self.geometry.kernel_size:
             return x.flatten(2).transpose(1, 2)
         return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _repeat(per_sample: Tensor, repeats: int) -> Tensor:
+    return per_sample if repeats == 1 else per_sample.repeat_interleave(repeats)

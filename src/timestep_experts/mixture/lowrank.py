@@ -115,7 +115,7 @@ def apply_experts(
     x: Tensor,
     stacks: list[ExpertStack],
     owners: list[Tensor],
-    gates: Tensor,
+    gates: Tensor | None,
     geometry: LayerGeometry,
     *,
     in_place: bool = False,
@@ -129,31 +129,83 @@ def apply_experts(
         x: the layer's input, batch first.
         stacks: the m active scales.
         owners: m index tensors ``(B,)``, which expert of the scale each sample uses.
-        gates: ``(B, m)``, or ``(B, N, m)`` for a gate per position, any dtype.
+        gates: ``(B, m)``, or ``(B, N, m)`` for a gate per position, any dtype; ``None`` where all are 1.
         geometry: of the base layer.
         in_place: ``base`` may be overwritten; only for a tensor that nobody else holds.
 
     Returns:
         A tensor shaped like ``base``.
     """
-    groups = geometry.groups
+    if all(len(stack.A) == 1 for stack in stacks):  # nothing to choose: one product serves the whole batch
+        return _apply_shared(base, x, stacks, gates, geometry, in_place)
     downs = [stack.A.index_select(0, owner) for stack, owner in zip(stacks, owners, strict=True)]
     ups = [stack.B.index_select(0, owner) for stack, owner in zip(stacks, owners, strict=True)]
-    down = torch.cat([a.view(len(a), groups, -1, a.shape[-1]) for a in downs], 2).flatten(1, 2)
-    up = torch.cat(ups, 2)
-    strengths = [gates[..., j, None] * stack.scaling for j, stack in enumerate(stacks)]
-    strength = torch.cat([s.expand(*s.shape[:-1], b.shape[-1]) for s, b in zip(strengths, ups, strict=True)], -1)
-    if gates.dim() == 2:
-        up = up * strength[:, None, :].to(up.dtype)
+    down, up = _join(downs, ups, [stack.scaling for stack in stacks], geometry.groups)
+    strength = _strength(gates, stacks, geometry.groups)
     hidden = _project_down(x, down.to(x.dtype), geometry)
-    if gates.dim() == 3:
-        hidden = hidden * strength.transpose(1, 2).to(hidden.dtype).repeat(1, groups, 1)
+    if strength is not None and strength.dim() == 2:
+        up = up * strength[:, None, : up.shape[-1]].to(up.dtype)
+    elif strength is not None:
+        hidden = hidden * strength.transpose(1, 2).to(hidden.dtype)
+    return _add_up(base, hidden, up, geometry, in_place)
+
+
+def _apply_shared(
+    base: Tensor,
+    x: Tensor,
+    stacks: list[ExpertStack],
+    gates: Tensor | None,
+    geometry: LayerGeometry,
+    in_place: bool,
+) -> Tensor:
+    """`apply_experts` for scales of one expert: no gathering, and gates act on the low-rank features."""
+    scalings = [stack.scaling for stack in stacks]
+    down, up = _join([stack.A for stack in stacks], [stack.B for stack in stacks], scalings, geometry.groups)
+    strength = _strength(gates, stacks, geometry.groups)
+    if geometry.kernel_size:
+        hidden = _convolve(x, down[0].to(x.dtype), geometry).flatten(2)
+        if strength is not None:
+            by_sample = strength[:, None] if strength.dim() == 2 else strength
+            hidden = hidden * by_sample.transpose(1, 2).to(hidden.dtype)
+        return _add_up(base, hidden, up.expand(len(x), -1, -1), geometry, in_place)
+    hidden = functional.linear(x, down[0].to(x.dtype)).reshape(len(x), -1, down.shape[1])
+    if strength is not None:
+        hidden = hidden * (strength[:, None] if strength.dim() == 2 else strength).to(hidden.dtype)
+    add = torch.Tensor.addmm_ if in_place else torch.addmm
+    flat = base.reshape(-1, base.shape[-1])
+    return add(flat, hidden.flatten(0, 1), up[0].T.to(hidden.dtype)).view(base.shape)
+
+
+def _join(downs: list[Tensor], ups: list[Tensor], scalings: list[float], groups: int) -> tuple[Tensor, Tensor]:
+    """Experts of several scales as one: ``(B, R, k)`` and ``(B, out, R / groups)``, scaled by alpha / r.
+
+    In a grouped convolution each group's rows of B see their own share of every scale's rank, so ranks are joined
+    group by group.
+    """
+    scaled = [up if scaling == 1 else up * scaling for up, scaling in zip(ups, scalings, strict=True)]
+    if len(downs) == 1:
+        return downs[0], scaled[0]
+    grouped = [down.view(len(down), groups, -1, down.shape[-1]) for down in downs]
+    return torch.cat(grouped, 2).flatten(1, 2), torch.cat(scaled, 2)
+
+
+def _strength(gates: Tensor | None, stacks: list[ExpertStack], groups: int) -> Tensor | None:
+    """Gates per scale spread over the joined rank: ``(B, R)`` or ``(B, N, R)``."""
+    if gates is None:
+        return None
+    parts = [gates[..., j, None].expand(*gates.shape[:-1], s.rank // groups) for j, s in enumerate(stacks)]
+    joined = torch.cat(parts, -1)
+    return joined if groups == 1 else joined.repeat(*(1,) * (gates.dim() - 1), groups)
+
+
+def _add_up(base: Tensor, hidden: Tensor, up: Tensor, geometry: LayerGeometry, in_place: bool) -> Tensor:
+    """``base + B hidden`` with hidden ``(B, R, N)`` and up ``(B, out, R / groups)``."""
     up = up.to(hidden.dtype)  # under autocast the first product has chosen it
     add = torch.Tensor.baddbmm_ if in_place else torch.baddbmm
     if not geometry.kernel_size:
         flat = base.reshape(base.shape[0], -1, base.shape[-1])
         return add(flat, hidden.transpose(1, 2), up.transpose(1, 2)).view(base.shape)
-    batch, out = base.shape[:2]  # of a grouped convolution, group g's rows of B see group g's share of the rank
+    (batch, out), groups = base.shape[:2], geometry.groups
     return add(
         base.reshape(batch * groups, out // groups, -1),
         up.reshape(batch * groups, out // groups, -1),
@@ -162,20 +214,19 @@ def apply_experts(
 
 
 def _project_down(x: Tensor, down: Tensor, geometry: LayerGeometry) -> Tensor:
-    """``A x`` for every sample: ``(B, R, N)`` with N the output positions."""
+    """``A x`` with every sample's own A: ``(B, R, N)`` with N the output positions."""
     batch = x.shape[0]
     if not geometry.kernel_size:
         return torch.bmm(down, x.reshape(batch, -1, geometry.in_features).transpose(1, 2))
     if geometry.is_pointwise:
         return torch.bmm(down, x.flatten(2))
-    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(geometry.kernel_size) - 1]
-    hidden = convolve(
-        x.reshape(1, -1, *x.shape[2:]),
-        down.reshape(-1, geometry.in_features, *geometry.kernel_size),
-        None,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        batch,  # one group per sample, so each meets its own experts
-    )
+    # one group per sample, so each meets its own experts
+    hidden = _convolve(x.reshape(1, -1, *x.shape[2:]), down.flatten(0, 1), geometry, groups=batch)
     return hidden.reshape(batch, down.shape[1], -1)
+
+
+def _convolve(x: Tensor, down: Tensor, geometry: LayerGeometry, groups: int = 1) -> Tensor:
+    """The base layer's kind of convolution with A ``(R, k)`` as its kernel."""
+    convolution = (functional.conv1d, functional.conv2d, functional.conv3d)[len(geometry.kernel_size) - 1]
+    kernel = down.reshape(-1, geometry.in_features, *geometry.kernel_size)
+    return convolution(x, kernel, None, geometry.stride, geometry.padding, geometry.dilation, groups)
