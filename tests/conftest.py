@@ -160,7 +160,7 @@ def pipeline() -> StableDiffusionPipeline:
 
 @pytest.fixture
 def family(pipeline: StableDiffusionPipeline) -> StableDiffusion:
-    return StableDiffusion.around(pipeline)
+    return StableDiffusion(pipeline)
 
 
 @pytest.fixture

@@ -455,9 +455,9 @@ class Counting(StableDiffusion):
 
     seen: Counter[str] | None = None
 
-    def encode_pictures(self, pixels: torch.Tensor) -> torch.Tensor:
+    def encode_media(self, pixels: torch.Tensor) -> torch.Tensor:
         self.seen["pictures"] += len(pixels)
-        return super().encode_pictures(pixels)
+        return super().encode_media(pixels)
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         self.seen["captions"] += len(captions)
@@ -533,7 +533,7 @@ def test_mirrored_copies_follow_the_originals(folder: Path, family: StableDiffus
     assert max_error(flipped.latents[:4], plain.latents) <= 1e-6  # another batch size
     assert torch.equal(flipped.caption_rows, plain.caption_rows.repeat(2))
     mirrored = torch.stack([to_pixels(example.open(), 16).flip(-1) for example in find(folder).examples])
-    assert max_error(flipped.latents[4:], family.encode_pictures(mirrored)) <= 1e-6
+    assert max_error(flipped.latents[4:], family.encode_media(mirrored)) <= 1e-6
     assert max_error(flipped.latents[4:], plain.latents) > 1e-2
 
 

@@ -175,7 +175,7 @@ def build_mixture(recipe: Recipe, family: Family) -> Mixture:
 
     Contexts fostered jointly rest at gate 1: experts that grew up together only fit each other together.
     """
-    spec = build_spec(recipe.experts, family.num_train_timesteps)
+    spec = build_spec(recipe.experts, family.noise.num_train_timesteps)
     if recipe.foster.method == "joint":
         spec = spec.with_resting_gates(1.0)
     return Mixture.attach(family.denoiser, spec, recipe.experts.target_modules, seed=recipe.seed)

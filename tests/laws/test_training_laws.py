@@ -103,7 +103,7 @@ def test_a_joint_context_learns_from_the_mean_over_all_its_samples(family: Stabl
     stage.speak()
     losses = squared_error(
         family.predict(
-            family.add_noise(pictures.latents[batch.rows], batch.noise, batch.t),
+            family.noise.add_noise(pictures.latents[batch.rows], batch.noise, batch.t),
             batch.t,
             pictures.conditioning(batch.rows, family.device, batch.dropped),
         ),

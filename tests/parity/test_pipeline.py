@@ -365,17 +365,17 @@ def test_a_scheduler_that_cannot_be_made_is_an_error_that_says_why(
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_noise_and_targets_are_those_of_ddpm(prediction: str) -> None:
-    family = StableDiffusion.around(tiny_pipeline(prediction))
+    family = StableDiffusion(tiny_pipeline(prediction))
     peer = DDPMScheduler.from_config(family.parts.scheduler.config)
-    assert family.num_train_timesteps == 1000
+    assert family.noise.num_train_timesteps == 1000
     latents, noise = normal(5, 4, 8, 8), normal(5, 4, 8, 8, seed=1)
     t = torch.tensor([0, 1, 500, 998, 999])
-    assert max_error(family.add_noise(latents, noise, t), peer.add_noise(latents, noise, t)) == 0
-    target = family.target(latents, noise, t)
+    assert max_error(family.noise.add_noise(latents, noise, t), peer.add_noise(latents, noise, t)) == 0
+    target = family.noise.target(latents, noise, t)
     assert max_error(target, noise if prediction == "epsilon" else peer.get_velocity(latents, noise, t)) == 0
     signal = peer.alphas_cumprod.double()[t].sqrt().view(-1, 1, 1, 1)
     spread = (1 - peer.alphas_cumprod.double()[t]).sqrt().view(-1, 1, 1, 1)
-    assert max_error(family.add_noise(latents, noise, t), signal * latents + spread * noise) <= 1e-6
+    assert max_error(family.noise.add_noise(latents, noise, t), signal * latents + spread * noise) <= 1e-6
     if prediction == "v_prediction":
         assert max_error(target, signal * noise - spread * latents) <= 1e-6
 
@@ -393,7 +393,7 @@ def test_other_predictions_are_refused(prediction: str) -> None:
     pipeline = tiny_pipeline()
     pipeline.scheduler = DDIMScheduler(prediction_type=prediction)
     with pytest.raises(ValueError, match=rf"prediction_type is '{prediction}'; allowed are epsilon, v_prediction"):
-        StableDiffusion.around(pipeline)
+        StableDiffusion(pipeline)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -412,5 +412,5 @@ def test_a_saved_pipeline_is_loaded_as_it_was_saved(dtype: torch.dtype, tmp_path
 def test_what_is_no_pipeline_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").write_bytes(b"no weights")
     for source in (tmp_path, tmp_path / "nowhere", tmp_path / "weights.safetensors"):
-        with pytest.raises(ValueError, match=rf"cannot load a Stable Diffusion pipeline from '{source}': "):
+        with pytest.raises(ValueError, match=rf"cannot load a StableDiffusionPipeline from '{source}': "):
             StableDiffusion.load(str(source), torch.device("cpu"))

@@ -134,7 +134,7 @@ def _build(
     stacked = torch.stack(pixels)
     if settings.flip:
         stacked, caption_rows = torch.cat([stacked, stacked.flip(-1)]), caption_rows.repeat(2)
-    latents = _in_batches("encoding pictures", len(stacked), lambda rows: family.encode_pictures(stacked[rows]).cpu())
+    latents = _in_batches("encoding pictures", len(stacked), lambda rows: family.encode_media(stacked[rows]).cpu())
     features = _encode_captions(family, [*captions, ""])
     write_tensors(
         tensors_path,

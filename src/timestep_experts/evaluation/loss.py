@@ -90,8 +90,8 @@ def predict_batch(family: Family, pictures: EncodedPictures, batch: Batch) -> tu
     """What the denoiser says to a batch, and what it should say."""
     device = family.device
     latents, noise, t = pictures.latents[batch.rows].to(device), batch.noise.to(device), batch.t.to(device)
-    noisy = family.add_noise(latents, noise, t)
-    return family.predict(noisy, t, pictures.conditioning(batch.rows, device)), family.target(latents, noise, t)
+    noisy = family.noise.add_noise(latents, noise, t)
+    return family.predict(noisy, t, pictures.conditioning(batch.rows, device)), family.noise.target(latents, noise, t)
 
 
 def _bin_losses(family: Family, pictures: EncodedPictures, batches: list[Batch]) -> Tensor:

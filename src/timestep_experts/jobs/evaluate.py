@@ -62,7 +62,7 @@ def evaluate(recipe: Recipe, workshop: Workshop) -> list[Result]:
 
 def reported_partition(recipe: Recipe, workshop: Workshop) -> Partition:
     """The main arm's finest intervals: the same for all rows."""
-    return build_spec(recipe.experts, workshop.family.num_train_timesteps).strata
+    return build_spec(recipe.experts, workshop.family.noise.num_train_timesteps).strata
 
 
 def write_run_report(recipe: Recipe, workshop: Workshop, results: Sequence[Result], command: str) -> Path:

@@ -88,7 +88,7 @@ def _empty_base(recipe: Recipe) -> tuple[torch.nn.Module, int]:
         scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler")
     except OSError as error:
         raise ValueError(
-            f"cannot load a Stable Diffusion pipeline from {source!r}:"
+            f"cannot load a StableDiffusionPipeline from {source!r}:"
             f" cannot read the configurations of its denoiser and scheduler: {error}"
         ) from error
     with torch.device("meta"):

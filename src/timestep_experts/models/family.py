@@ -1,76 +1,125 @@
-"""What training and evaluation need to know of a base model."""
+"""What training, evaluation and sampling need to know of a base model."""
 
 from __future__ import annotations
 
+import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from timestep_experts.intervals import TimestepDensity
+from timestep_experts.models.noise import NoiseProcess
 
 Conditioning: TypeAlias = Mapping[str, Tensor]
-"""Text features by the names of the denoiser's arguments, batch first."""
+"""Text features by name, batch first."""
+
+_LATENT_FACTS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
-class Family(Protocol):
-    """A base model: its parts, its noise, and its loss."""
+class Family(ABC):
+    """A base model around its diffusers pipeline; all parts are frozen and in evaluation mode.
 
-    @property
-    def source(self) -> str:
-        """Where it was loaded from."""
-        ...
+    A subclass says what differs: the pipeline's class, its parts, how media and text are encoded, and how the denoiser
+    is called.
+
+    Args:
+        parts: the pipeline.
+        source: where it was loaded from.
+    """
+
+    pipeline_class: ClassVar[type]
+    denoiser_name: ClassVar[str] = "unet"
+    autoencoder_name: ClassVar[str | None] = "vae"
+    text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    tokenizer_names: ClassVar[tuple[str, ...]] = ("tokenizer",)
+    is_video: ClassVar[bool] = False
+    loading_options: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, parts: Any, source: str = "a pipeline in memory") -> None:
+        self.parts = parts
+        self.source = source
+        for component in parts.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        parts.set_progress_bar_config(disable=True)
+        self.noise = self.make_noise()
+
+    @classmethod
+    def load(cls, source: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Self:
+        """Load a diffusers folder, a hub id, or a single ``.safetensors`` file.
+
+        Raises:
+            ValueError: it cannot be loaded, or its objective is not this family's.
+        """
+        kind: Any = cls.pipeline_class
+        load = kind.from_single_file if Path(source).suffix == ".safetensors" else kind.from_pretrained
+        try:
+            pipeline = load(source, **cls.loading_options).to(device, dtype)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"cannot load a {kind.__name__} from {source!r}: {error}") from error
+        return cls(pipeline, source)
 
     @property
     def denoiser(self) -> nn.Module:
         """The network that experts are attached to; its ``forward`` takes ``timestep``."""
-        ...
+        module: nn.Module = getattr(self.parts, self.denoiser_name)
+        return module
 
     @property
-    def density(self) -> TimestepDensity:
-        """How base training draws t."""
-        ...
-
-    @property
-    def has_integer_timesteps(self) -> bool:
-        """Whether t is a whole number (DDPM-like) rather than continuous (flow)."""
-        ...
-
-    @property
-    def num_train_timesteps(self) -> int:
-        """T."""
-        ...
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """The text encoders by their names in the pipeline."""
+        return {name: getattr(self.parts, name) for name in self.text_encoder_names}
 
     @property
     def device(self) -> torch.device:
-        """Where the parts are."""
-        ...
-
-    def encoder_fingerprint(self) -> str:
-        """A hash of whatever decides latents and text features, for caches."""
-        ...
-
-    def encode_pictures(self, pixels: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` in [-1, 1] to scaled latents ``(B, c, h, w)`` fp32."""
-        ...
-
-    def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Text features of each caption, fp32."""
-        ...
-
-    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """The forward process at ``t (B,)``."""
-        ...
-
-    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the denoiser should say: noise, velocity or flow."""
-        ...
-
-    def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """What it says."""
-        ...
+        """Of the denoiser."""
+        return next(self.denoiser.parameters()).device
 
     def pipeline(self) -> Any:
         """The diffusers pipeline around the same modules."""
-        ...
+        return self.parts
+
+    def encoder_fingerprint(self) -> str:
+        """A hash of whatever decides latents and text features: weights, settings and vocabularies."""
+        digest = hashlib.sha256(type(self).__name__.encode())
+        for name in (*self.text_encoder_names, self.autoencoder_name):
+            module = getattr(self.parts, name) if name else None
+            for key, value in module.state_dict().items() if module else ():
+                digest.update(key.encode())
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        for name in self.tokenizer_names:
+            tokenizer = getattr(self.parts, name)
+            digest.update(repr((sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length)).encode())
+        if self.autoencoder_name:
+            config = getattr(self.parts, self.autoencoder_name).config
+            digest.update(repr([config.get(fact) for fact in _LATENT_FACTS]).encode())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Text features of each caption, fp32 where they are numbers, as the pipeline computes them."""
+        features = self.encode_text(self.tokenize(captions))
+        return {name: value.float() if value.is_floating_point() else value for name, value in features.items()}
+
+    @abstractmethod
+    def make_noise(self) -> NoiseProcess:
+        """The forward process, read off the pipeline's scheduler."""
+
+    @abstractmethod
+    def encode_media(self, pixels: Tensor) -> Tensor:
+        """Pictures ``(B, 3, H, W)`` or clips ``(B, 3, F, H, W)`` in [-1, 1] to scaled latents, fp32."""
+
+    @abstractmethod
+    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """Token ids (and masks) of each caption, int64, by name."""
+
+    @abstractmethod
+    def encode_text(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Text features of what `tokenize` gave, in the encoders' dtype; gradients reach experts on the encoders."""
+
+    @abstractmethod
+    def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """What the denoiser says; inputs are cast to its dtype."""

@@ -226,8 +226,8 @@ class _Stepper:
         noise, t = chunk.noise.to(device), chunk.t.to(device)
         conditioning = self.pictures.conditioning(chunk.rows, device, chunk.dropped)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.mixed_precision == "bf16"):
-            predicted = family.predict(family.add_noise(latents, noise, t), t, conditioning)
-        losses = squared_error(predicted, family.target(latents, noise, t))
+            predicted = family.predict(family.noise.add_noise(latents, noise, t), t, conditioning)
+        losses = squared_error(predicted, family.noise.target(latents, noise, t))
         (losses.sum() / self.stage.plan.samples_per_stratum).backward()  # type: ignore[no-untyped-call]
         strata = self.stage.plan.strata.index_of(t)
         self.loss_sums.index_add_(0, strata, losses.detach())

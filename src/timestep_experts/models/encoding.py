@@ -1,0 +1,46 @@
+"""How pictures become latents and captions become tokens: what several families share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def encode_posterior_mean(autoencoder: Any, pixels: Tensor) -> Tensor:
+    """Scaled (and shifted) means of an AutoencoderKL's posterior, fp32: the same picture always gives the same latents.
+
+    Args:
+        autoencoder: a diffusers AutoencoderKL.
+        pixels: ``(B, 3, H, W)`` in [-1, 1].
+
+    Returns:
+        ``(mean - shift) * scale``, ``(B, c, h, w)``.
+    """
+    device = next(autoencoder.parameters()).device
+    mean: Tensor = autoencoder.encode(pixels.to(device, autoencoder.dtype)).latent_dist.mean
+    config = autoencoder.config
+    return (mean.float() - float(config.get("shift_factor") or 0)) * float(config.scaling_factor)
+
+
+def token_ids(tokenizer: Any, captions: Sequence[str], max_length: int | None = None) -> Any:
+    """Padded and cut to one length: ``input_ids`` and ``attention_mask``, ``(B, L)`` int64."""
+    return tokenizer(
+        list(captions),
+        padding="max_length",
+        max_length=max_length or tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+
+
+def cast(features: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Floating-point features in the dtype and everything on the device of a module."""
+    first = next(module.parameters())
+    dtype = first.dtype
+    return {
+        name: value.to(first.device, dtype if value.is_floating_point() else None) for name, value in features.items()
+    }

@@ -1,0 +1,124 @@
+"""Forward processes: how noise is added, what the denoiser should say, and how training draws t."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from timestep_experts.intervals import LogitNormalDensity, TimestepDensity, UniformDensity
+
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+class NoiseProcess(Protocol):
+    """The forward process of a family, in terms of t."""
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T."""
+        ...
+
+    @property
+    def has_integer_timesteps(self) -> bool:
+        """Whether t is a whole number (DDPM-like) rather than continuous (flow)."""
+        ...
+
+    @property
+    def density(self) -> TimestepDensity:
+        """How base training draws t."""
+        ...
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The noisy latents at ``t (B,)``."""
+        ...
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the denoiser should say: noise, velocity or flow."""
+        ...
+
+
+class DiscreteNoise:
+    """DDPM-like: ``sqrt(a_t) s_t x0 + sqrt(1 - a_t) noise`` at whole t, predicting noise or velocity.
+
+    Args:
+        scheduler: any diffusers scheduler with a noise schedule and a ``prediction_type``.
+        source: whose it is, for errors.
+        signal_scale: ``(T,)``, s_t; ``None`` is 1 everywhere.
+
+    Raises:
+        ValueError: it predicts something else than noise or velocity.
+    """
+
+    def __init__(self, scheduler: DDPMScheduler, source: str, signal_scale: Tensor | None = None) -> None:
+        self.scheduler = DDPMScheduler.from_config(scheduler.config)
+        self.signal_scale = signal_scale
+        prediction = self.scheduler.config["prediction_type"]
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"{source}: prediction_type is {prediction!r}; allowed are {', '.join(PREDICTIONS)}")
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T."""
+        return int(self.scheduler.config["num_train_timesteps"])
+
+    @property
+    def has_integer_timesteps(self) -> bool:
+        """Whole timesteps."""
+        return True
+
+    @property
+    def density(self) -> UniformDensity:
+        """Uniform in t."""
+        return UniformDensity(self.num_train_timesteps)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """See the class."""
+        noisy: Tensor = self.scheduler.add_noise(self._scaled(latents, t), noise, t)
+        return noisy
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The noise, or the velocity ``sqrt(a_t) noise - sqrt(1 - a_t) s_t x0``."""
+        if self.scheduler.config["prediction_type"] == "epsilon":
+            return noise
+        velocity: Tensor = self.scheduler.get_velocity(self._scaled(latents, t), noise, t)
+        return velocity
+
+    def _scaled(self, latents: Tensor, t: Tensor) -> Tensor:
+        if self.signal_scale is None:
+            return latents
+        return latents * per_sample(self.signal_scale.to(latents.device)[t], latents)
+
+
+@dataclass(frozen=True)
+class FlowNoise:
+    """Rectified flow: ``(1 - sigma) x0 + sigma noise`` at ``sigma = t / T``, predicting ``noise - x0``.
+
+    Args:
+        density: how training draws t, shift included.
+        num_train_timesteps: T.
+    """
+
+    density: LogitNormalDensity = field(default_factory=LogitNormalDensity)
+    num_train_timesteps: int = 1000
+
+    @property
+    def has_integer_timesteps(self) -> bool:
+        """Continuous t."""
+        return False
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """See the class."""
+        return torch.lerp(latents, noise, per_sample(t / self.num_train_timesteps, latents))
+
+    def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:  # noqa: ARG002 - the flow is straight
+        """``noise - x0``."""
+        return noise - latents
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """``(B,)`` to ``(B, 1, ..., 1)`` in the dtype of ``like``."""
+    return values.to(like.dtype).reshape(-1, *(1,) * (like.dim() - 1))
