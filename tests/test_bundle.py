@@ -345,7 +345,7 @@ def test_detaching_nothing_and_attaching_to_nothing(made: Bundle, pipeline: Stab
     with pytest.raises(ValueError, match="carries no mixture"):
         detach(pipeline)
     with pytest.raises(ValueError, match="a SimpleNamespace has neither a unet nor a transformer"):
-        attach(SimpleNamespace(unet=None), made)
+        attach(SimpleNamespace(unet=None, components={}, config={}), made)
 
 
 class Twins(nn.Module):
@@ -364,7 +364,8 @@ class Twins(nn.Module):
 def test_exactly_the_named_modules_carry_experts() -> None:
     made = bundle_of(Twins(), targets="proj_out")
     assert made.target_modules == ("proj_out",)
-    mixture = attach(SimpleNamespace(transformer=Twins()), made)
+    twins = Twins()
+    mixture = attach(SimpleNamespace(transformer=twins, components={"transformer": twins}, config={}), made)
     assert tuple(mixture.layers) == ("proj_out",)
 
 

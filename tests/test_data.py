@@ -6,13 +6,13 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from huggingface_hub import constants
 from PIL import Image
 
@@ -449,11 +449,12 @@ def test_an_empty_side_is_an_error(share: float, side: str) -> None:
 # Encoding
 
 
-@dataclass(frozen=True)
 class Counting(StableDiffusion):
     """A family that counts what it encodes."""
 
-    seen: Counter[str] | None = None
+    def __init__(self, parts: StableDiffusionPipeline) -> None:
+        super().__init__(parts)
+        self.seen: Counter[str] = Counter()
 
     def encode_media(self, pixels: torch.Tensor) -> torch.Tensor:
         self.seen["pictures"] += len(pixels)
@@ -466,7 +467,7 @@ class Counting(StableDiffusion):
 
 @pytest.fixture
 def counting(family: StableDiffusion) -> Counting:
-    return Counting(**vars(family), seen=Counter())
+    return Counting(family.parts)
 
 
 @pytest.fixture
@@ -609,12 +610,11 @@ def test_leftovers_in_the_cache_are_harmless(folder: Path, counting: Counting) -
 
 
 def test_a_failure_while_encoding_leaves_no_cache(folder: Path, family: StableDiffusion) -> None:
-    @dataclass(frozen=True)
     class Failing(StableDiffusion):
         def encode_captions(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
             raise RuntimeError("out of memory")
 
     with pytest.raises(RuntimeError, match="out of memory"):
-        encode(folder, Failing(**vars(family)))
+        encode(folder, Failing(family.parts))
     assert not list((folder.parent / "cache").glob("*"))
     assert len(encode(folder, family)) == 4

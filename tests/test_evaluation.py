@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -104,14 +104,13 @@ def test_a_mean_over_bins_by_hand() -> None:
     assert curve.within(Interval(100, 1000)) == (300 * 2 + 600 * 4) / 900
 
 
-@dataclass(frozen=True)
 class Oracle(StableDiffusion):
     """Knows that every picture is black: ``noise = noisy / sqrt(1 - a_t)``, plus a mistake."""
 
-    mistake: float = 0.0
+    mistake = 0.0
 
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        spread = (1 - self.noise.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
+        spread = (1 - self.noise.scheduler.alphas_cumprod[t]).sqrt().view(-1, 1, 1, 1)
         return noisy / spread + self.mistake
 
 
@@ -120,12 +119,13 @@ def test_a_perfect_denoiser_loses_nothing_and_a_constant_mistake_its_square(
     mistake: float, family: StableDiffusion, pictures: EncodedPictures
 ) -> None:
     black = replace(pictures, latents=torch.zeros_like(pictures.latents))
-    curve = loss_curve(Oracle(**vars(family), mistake=mistake), black, SETTINGS)
+    oracle = Oracle(family.parts)
+    oracle.mistake = mistake
+    curve = loss_curve(oracle, black, SETTINGS)
     assert all(abs(value - mistake**2) <= 1e-6 for value in curve.loss)
     assert all(error <= 1e-6 for error in curve.standard_error)
 
 
-@dataclass(frozen=True)
 class Silent(StableDiffusion):
     """Always predicts zero, so that losses are those of the noise itself."""
 
@@ -135,7 +135,7 @@ class Silent(StableDiffusion):
 
 def test_means_and_errors_are_those_of_the_samples(family: StableDiffusion, pictures: EncodedPictures) -> None:
     settings = replace(SETTINGS, num_pictures=50, batch_size=16)
-    curve = loss_curve(Silent(**vars(family)), pictures, settings)
+    curve = loss_curve(Silent(family.parts), pictures, settings)
     for index, (_, parts) in enumerate(evaluation_batches(family, pictures, settings)):
         losses = torch.cat([part.noise for part in parts]).square().mean((1, 2, 3)).double()
         assert abs(curve.loss[index] - losses.mean().item()) <= 1e-6

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from timestep_experts.config import ExpertsConfig, OptimizerConfig, Recipe, ScaleConfig
 from timestep_experts.data import (
@@ -23,7 +25,7 @@ from timestep_experts.inference import SampleSettings
 from timestep_experts.inference.sample import make_scheduler
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale, asymmetric
-from timestep_experts.models import Family, StableDiffusion
+from timestep_experts.models import Family, load_family
 from timestep_experts.training import AssembleSettings, FosterSettings, LoopSettings, OptimiserSettings
 from timestep_experts.world.judge import ASSETS
 from timestep_experts.world.scenes import parse_caption
@@ -77,9 +79,10 @@ def resolve_model(source: str) -> str:
 
 def build_family(recipe: Recipe) -> Family:
     """Load the base model."""
-    family = StableDiffusion.load(resolve_model(recipe.pretrained_model_name_or_path), build_device(recipe))
+    family = load_family(resolve_model(recipe.pretrained_model_name_or_path), build_device(recipe))
     if recipe.training.gradient_checkpointing:
-        family.parts.unet.enable_gradient_checkpointing()
+        denoiser: Any = family.denoiser
+        denoiser.enable_gradient_checkpointing()
     return family
 
 
@@ -109,10 +112,11 @@ def build_workshop(recipe: Recipe) -> Workshop:
     prompts = build_prompts(recipe, validation)
     is_judged = _is_judged(recipe, prompts)
     make_scheduler(recipe.evaluation.scheduler, family.pipeline().scheduler.config)  # fails before hours of training
+    as_tokens = any(recipe.arm(arm).experts.text_target_modules is not None for arm in recipe.arm_names)
     return Workshop(
         family=family,
-        train=encode_dataset(train, settings, family, cache),
-        validation=encode_dataset(validation, PictureSettings(recipe.resolution), family, cache),
+        train=encode_dataset(train, settings, family, cache, as_tokens=as_tokens),
+        validation=encode_dataset(validation, PictureSettings(recipe.resolution), family, cache, as_tokens=as_tokens),
         references=validation,
         prompts=prompts,
         is_judged=is_judged,
@@ -170,15 +174,41 @@ def _scale(config: ScaleConfig, num_train_timesteps: int) -> Scale:
     return Scale(config.label, partition, config.rank, alpha, gated=config.role == "context")
 
 
+def build_targets(
+    experts: ExpertsConfig, denoisers: Mapping[str, nn.Module], text_encoders: Mapping[str, nn.Module]
+) -> tuple[dict[str, nn.Module], dict[str, tuple[str, ...] | str]]:
+    """The networks that carry experts, and which of their modules do.
+
+    Raises:
+        ValueError: text encoders are to carry experts where there are none.
+    """
+    networks, targets = dict(denoisers), dict.fromkeys(denoisers, experts.target_modules)
+    if experts.text_target_modules is None:
+        return networks, targets
+    if not text_encoders:
+        raise ValueError("recipe.experts.text_target_modules: this base model has no text encoder")
+    networks |= text_encoders
+    targets |= dict.fromkeys(text_encoders, experts.text_target_modules)
+    return networks, targets
+
+
 def build_mixture(recipe: Recipe, family: Family) -> Mixture:
-    """Attach the recipe's experts to the family's denoiser.
+    """Attach the recipe's experts to the family's denoisers and, where it says so, to its text encoders.
 
     Contexts fostered jointly rest at gate 1: experts that grew up together only fit each other together.
     """
     spec = build_spec(recipe.experts, family.noise.num_train_timesteps)
     if recipe.foster.method == "joint":
         spec = spec.with_resting_gates(1.0)
-    return Mixture.attach(family.denoiser, spec, recipe.experts.target_modules, seed=recipe.seed)
+    networks, targets = build_targets(recipe.experts, family.denoisers, family.text_encoders)
+    return Mixture.attach(
+        networks,
+        spec,
+        targets,
+        owned=family.owned_intervals,
+        timestep_scale=family.timestep_scale,
+        seed=recipe.seed,
+    )
 
 
 def build_foster_settings(recipe: Recipe) -> FosterSettings:

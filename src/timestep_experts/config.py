@@ -65,9 +65,10 @@ class ScaleConfig(_Strict):
 
 
 class ExpertsConfig(_Strict):
-    """What is attached to the denoiser."""
+    """What is attached to the denoiser, and to the text encoders."""
 
     target_modules: tuple[str, ...] | str = ("to_q", "to_k", "to_v", "to_out.0")
+    text_target_modules: tuple[str, ...] | str | None = Field(None, description="of every text encoder; null: none")
     scales: tuple[ScaleConfig, ...] = Field(min_length=1)
     dropout: Share = 0.0
     router_input: Literal["z_and_t", "z", "t"] = "z_and_t"

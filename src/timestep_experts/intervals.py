@@ -41,6 +41,10 @@ class Interval:
         """Whether ``other`` lies inside this interval."""
         return self.lo <= other.lo and other.hi <= self.hi
 
+    def meets(self, other: Interval) -> bool:
+        """Whether some t lies in both."""
+        return self.lo < other.hi and other.lo < self.hi
+
 
 @dataclass(frozen=True)
 class Partition:

@@ -1,15 +1,19 @@
-"""Pictures with captions: found, checked, encoded once, kept."""
+"""Pictures and clips with captions: found, checked, encoded once, kept."""
 
-from timestep_experts.data.cache import EncodedPictures, PictureSettings, encode_dataset
+from timestep_experts.data.cache import EncodedPictures, MediaSettings, PictureSettings, encode_dataset
+from timestep_experts.data.clips import ClipSettings, open_clips
 from timestep_experts.data.sources import Example, PictureSet, Skipped, open_dataset, split_by_caption
 
 __all__ = [
+    "ClipSettings",
     "EncodedPictures",
     "Example",
+    "MediaSettings",
     "PictureSet",
     "PictureSettings",
     "Skipped",
     "encode_dataset",
+    "open_clips",
     "open_dataset",
     "split_by_caption",
 ]

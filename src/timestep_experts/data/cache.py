@@ -6,7 +6,9 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +25,25 @@ _CACHE_VERSION = 1
 _BATCH = 64
 
 
+class MediaSettings(Protocol):
+    """How an example becomes pixels; its ``repr`` is part of the cache's key."""
+
+    kind: ClassVar[str]
+
+    @property
+    def flip(self) -> bool:
+        """Whether a mirrored copy of everything is a further training row."""
+        ...
+
+    def decode(self, example: Example) -> Tensor:
+        """Pixels in [-1, 1], fp32, of the same shape for all examples.
+
+        Raises:
+            OSError: this example cannot be used; says why.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class PictureSettings:
     """How a picture becomes pixels.
@@ -32,8 +53,14 @@ class PictureSettings:
         flip: keep a mirrored copy of every picture as a further training row.
     """
 
+    kind: ClassVar[str] = "picture"
+
     resolution: int
     flip: bool = False
+
+    def decode(self, example: Example) -> Tensor:
+        """``(3, resolution, resolution)``; see `MediaSettings`."""
+        return to_pixels(example.open(), self.resolution)
 
 
 @dataclass(frozen=True)
@@ -41,10 +68,11 @@ class EncodedPictures:
     """A dataset as training sees it.
 
     Args:
-        latents: ``(N, c, h, w)`` fp32, scaled; mirrored copies follow the originals.
+        latents: ``(N, c, h, w)``, of clips ``(N, c, f, h, w)``, fp32, scaled; mirrored copies follow the originals.
         caption_rows: ``(N,)`` int64, each picture's row in ``features``.
         features: text features by denoiser argument, ``(M + 1, ...)``; the last row is the empty caption.
         captions: M different captions.
+        is_tokenised: ``features`` holds token ids, for text encoders that carry experts; `Family.features_at` encodes.
         skipped: what was left out, and why.
         key: hash of contents and settings; empty for data made by hand.
     """
@@ -55,6 +83,7 @@ class EncodedPictures:
     captions: tuple[str, ...]
     skipped: tuple[Skipped, ...]
     key: str = ""
+    is_tokenised: bool = False
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -66,20 +95,34 @@ class EncodedPictures:
             wanted = torch.where(dropped, len(self.captions), wanted)
         return {name: values[wanted].to(device) for name, values in self.features.items()}
 
+    def features_at(self, family: Family, rows: Tensor, t: Tensor, dropped: Tensor | None = None) -> dict[str, Tensor]:
+        """What the denoiser is given: the kept features, or those of the text encoders' experts of ``t (B,)``."""
+        kept = self.conditioning(rows, t.device, dropped)
+        return family.features_at(kept, t) if self.is_tokenised else kept
 
-def encode_dataset(pictures: PictureSet, settings: PictureSettings, family: Family, folder: Path) -> EncodedPictures:
-    """Encode a dataset, or take it from the cache if neither content nor settings have changed.
+
+def encode_dataset(
+    pictures: PictureSet, settings: MediaSettings, family: Family, folder: Path, *, as_tokens: bool = False
+) -> EncodedPictures:
+    """Encode pictures or clips, or take it from the cache if neither content nor settings have changed.
 
     The key covers every file's bytes and caption, the settings, and the weights of the encoders.
 
+    Args:
+        pictures: what to encode.
+        settings: see there.
+        family: its encoders are used.
+        folder: of the cache.
+        as_tokens: keep captions as token ids, for text encoders that are to change.
+
     Raises:
-        ValueError: no picture can be decoded.
+        ValueError: none can be decoded.
     """
     contents = list(_read_all(pictures.examples))
-    key = _key(pictures.examples, contents, settings, family.encoder_fingerprint())
+    key = _key(pictures.examples, contents, settings, f"{family.encoder_fingerprint()}{as_tokens}")
     tensors_path, report_path = folder / f"{key}.safetensors", folder / f"{key}.json"
     if not (tensors_path.is_file() and report_path.is_file()):
-        _build(pictures.examples, settings, family, tensors_path, report_path)
+        _build(pictures.examples, settings, family, as_tokens, tensors_path, report_path)
     report = json.loads(report_path.read_text(encoding="utf-8"))
     tensors = load_file(tensors_path)
     features = {name.removeprefix("text."): value for name, value in tensors.items() if name.startswith("text.")}
@@ -90,12 +133,13 @@ def encode_dataset(pictures: PictureSet, settings: PictureSettings, family: Fami
         captions=tuple(report["captions"]),
         skipped=(*pictures.skipped, *(Skipped(pictures.examples[i].place, why) for i, why in report["skipped"])),
         key=key,
+        is_tokenised=as_tokens,
     )
 
 
-def to_pixels(picture: Image.Image, resolution: int) -> Tensor:
-    """Resize the shorter side, crop the centre: ``(3, resolution, resolution)`` fp32 in [-1, 1]."""
-    fitted = ImageOps.fit(picture, (resolution, resolution), Image.Resampling.LANCZOS)
+def to_pixels(picture: Image.Image, height: int, width: int | None = None) -> Tensor:
+    """Resize to cover ``height x width`` (``None``: a square), crop the centre: ``(3, H, W)`` fp32 in [-1, 1]."""
+    fitted = ImageOps.fit(picture, (width or height, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(fitted).copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
@@ -107,7 +151,7 @@ def _read_all(examples: tuple[Example, ...]) -> Iterator[bytes]:
             yield repr(error).encode()
 
 
-def _key(examples: tuple[Example, ...], contents: list[bytes], settings: PictureSettings, encoders: str) -> str:
+def _key(examples: tuple[Example, ...], contents: list[bytes], settings: MediaSettings, encoders: str) -> str:
     digest = hashlib.sha256(repr((_CACHE_VERSION, settings, encoders)).encode())
     for example, content in zip(examples, contents, strict=True):
         digest.update(content)
@@ -116,39 +160,55 @@ def _key(examples: tuple[Example, ...], contents: list[bytes], settings: Picture
 
 
 def _build(
-    examples: tuple[Example, ...], settings: PictureSettings, family: Family, tensors_path: Path, report_path: Path
+    examples: tuple[Example, ...],
+    settings: MediaSettings,
+    family: Family,
+    as_tokens: bool,
+    tensors_path: Path,
+    report_path: Path,
 ) -> None:
-    pixels, kept, skipped = [], [], []
-    for row, example in enumerate(tqdm(examples, desc="decoding pictures", unit="picture", leave=False)):
-        try:
-            pixels.append(to_pixels(example.open(), settings.resolution))
-            kept.append(example)
-        except OSError as error:
-            skipped.append((row, str(error)))  # by row, for files may be renamed
+    kept: list[Example] = []
+    skipped: list[tuple[int, str]] = []
+    latents, mirrored = [], []
+    decoded = _decode_all(examples, settings, kept, skipped)
+    while batch := list(islice(decoded, 1 if family.is_video else _BATCH)):  # a clip is a batch of frames already
+        pixels = torch.stack(batch)
+        latents.append(family.encode_media(pixels).cpu())
+        if settings.flip:
+            mirrored.append(family.encode_media(pixels.flip(-1)).cpu())
     if not kept:
         listed = [Skipped(examples[row].place, why) for row, why in skipped]
-        raise ValueError(f"none of {len(examples)} pictures can be decoded{list_skipped(listed)}")
+        raise ValueError(f"none of {len(examples)} {settings.kind}s can be decoded{list_skipped(listed)}")
     captions = sorted({example.caption for example in kept})
     row_of = {caption: row for row, caption in enumerate(captions)}
     caption_rows = torch.tensor([row_of[example.caption] for example in kept])
-    stacked = torch.stack(pixels)
-    if settings.flip:
-        stacked, caption_rows = torch.cat([stacked, stacked.flip(-1)]), caption_rows.repeat(2)
-    latents = _in_batches("encoding pictures", len(stacked), lambda rows: family.encode_media(stacked[rows]).cpu())
-    features = _encode_captions(family, [*captions, ""])
+    features = _in_parts([*captions, ""], family.tokenize if as_tokens else family.encode_captions)
     write_tensors(
         tensors_path,
-        {"latents": latents, "caption_rows": caption_rows, **{f"text.{n}": value for n, value in features.items()}},
+        {
+            "latents": torch.cat([*latents, *mirrored]),
+            "caption_rows": caption_rows.repeat(2) if settings.flip else caption_rows,
+            **{f"text.{name}": value for name, value in features.items()},
+        },
     )
     write_json(report_path, {"captions": captions, "skipped": skipped})
 
 
-def _encode_captions(family: Family, captions: list[str]) -> dict[str, Tensor]:
+def _decode_all(
+    examples: tuple[Example, ...], settings: MediaSettings, kept: list[Example], skipped: list[tuple[int, str]]
+) -> Iterator[Tensor]:
+    """Pixels one by one; each example ends up among the kept or, by its row, for files may be renamed, the skipped."""
+    for row, example in enumerate(tqdm(examples, f"encoding {settings.kind}s", unit=settings.kind, leave=False)):
+        try:
+            pixels = settings.decode(example)
+        except OSError as error:
+            skipped.append((row, str(error)))
+        else:
+            kept.append(example)
+            yield pixels
+
+
+def _in_parts(captions: list[str], encode: Callable[[list[str]], dict[str, Tensor]]) -> dict[str, Tensor]:
     starts = tqdm(range(0, len(captions), _BATCH), desc="encoding captions", unit="batch", leave=False)
-    parts = [family.encode_captions(captions[start : start + _BATCH]) for start in starts]
+    parts = [encode(captions[start : start + _BATCH]) for start in starts]
     return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
-
-
-def _in_batches(what: str, count: int, encode: Callable[[slice], Tensor]) -> Tensor:
-    starts = tqdm(range(0, count, _BATCH), desc=what, unit="batch", leave=False)
-    return torch.cat([encode(slice(start, start + _BATCH)) for start in starts])

@@ -27,7 +27,7 @@ WORLD_PREFIX = "world/"
 
 @dataclass(frozen=True)
 class Example:
-    """One captioned picture.
+    """One captioned picture or clip.
 
     Args:
         place: where it is, for people: a path, or a row of a dataset.
@@ -40,7 +40,7 @@ class Example:
     read: Callable[[], bytes]
 
     def open(self) -> Image.Image:
-        """Decode to RGB; transparency is laid on white.
+        """Decode a picture to RGB; transparency is laid on white.
 
         Raises:
             OSError: missing, truncated or not a picture.
@@ -134,10 +134,10 @@ def _folder(folder: Path) -> Iterator[Example | Skipped]:
     pictures = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_SUFFIXES]
     table = next((folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()), None)
     if table is None:
-        yield from map(_with_text_file, pictures)
+        yield from map(pair_with_text, pictures)
         return
     named = set()
-    for place, row in _metadata_rows(table):
+    for place, row in read_table(table):
         named.add(folder / str(row.get("file_name")) if isinstance(row, Mapping) else None)
         yield _listed(folder, place, row)
     for path in pictures:
@@ -145,8 +145,8 @@ def _folder(folder: Path) -> Iterator[Example | Skipped]:
             yield Skipped(str(path), f"no row in {table.name}")
 
 
-def _metadata_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
-    """Each row with its place; a row that cannot be read is the reason why."""
+def read_table(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
+    """Each row of a ``.csv`` or ``.jsonl`` with its place; a row that cannot be read is the reason why."""
     lines = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     if path.suffix == ".csv":
         for number, fields in enumerate(csv.DictReader(io.StringIO(lines, newline="")), 2):
@@ -176,26 +176,32 @@ def _listed(folder: Path, place: str, row: Mapping[str, Any] | str) -> Example |
         return Skipped(place, row)
     if not row.get("file_name"):
         return Skipped(place, "no file_name")
-    path = folder / str(row["file_name"])
+    return check_row(folder / str(row["file_name"]), place, row)
+
+
+def check_row(path: Path, place: str, row: Mapping[str, Any]) -> Example | Skipped:
+    """A file with the caption in a row of a table."""
     column = next((name for name in CAPTION_COLUMNS if name in row), None)
     if column is None:
         return Skipped(place, f"no caption column; one of {', '.join(CAPTION_COLUMNS)} is needed")
     if not isinstance(row[column], str | None):
         return Skipped(place, "the caption is not text")
-    return _checked(path, row[column] or "")
+    return check_file(path, row[column] or "")
 
 
-def _with_text_file(path: Path) -> Example | Skipped:
+def pair_with_text(path: Path) -> Example | Skipped:
+    """A file with the caption in the same-stem ``.txt`` beside it."""
     text = path.with_suffix(".txt")
     if not text.is_file():
         return Skipped(str(path), f"no caption file {text.name}")
     try:
-        return _checked(path, text.read_text(encoding="utf-8-sig"))
+        return check_file(path, text.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
         return Skipped(str(text), "not UTF-8 text")
 
 
-def _checked(path: Path, caption: str) -> Example | Skipped:
+def check_file(path: Path, caption: str) -> Example | Skipped:
+    """A file with its caption, unless one of them is missing."""
     if not path.is_file():
         return Skipped(str(path), "missing file")
     if not caption.strip():

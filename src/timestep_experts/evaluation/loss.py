@@ -91,7 +91,7 @@ def predict_batch(family: Family, pictures: EncodedPictures, batch: Batch) -> tu
     device = family.device
     latents, noise, t = pictures.latents[batch.rows].to(device), batch.noise.to(device), batch.t.to(device)
     noisy = family.noise.add_noise(latents, noise, t)
-    return family.predict(noisy, t, pictures.conditioning(batch.rows, device)), family.noise.target(latents, noise, t)
+    return family.predict(noisy, t, pictures.features_at(family, batch.rows, t)), family.noise.target(latents, noise, t)
 
 
 def _bin_losses(family: Family, pictures: EncodedPictures, batches: list[Batch]) -> Tensor:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from timestep_experts.formats import Bundle, load_bundle
-from timestep_experts.mixture import Mixture, Mode
+from timestep_experts.inference.reencode import DENOISERS, Reencoder, TextExperts
+from timestep_experts.intervals import Interval
+from timestep_experts.mixture import Mixture, MixtureLayer, Mode
+from timestep_experts.models import timestep_scale_of
 
 
-def attach(pipeline: Any, bundle: Bundle | Path | str, mode: Mode | None = None) -> Mixture:
+def attach(
+    pipeline: Any,
+    bundle: Bundle | Path | str,
+    mode: Mode | None = None,
+    *,
+    text_experts: TextExperts | None = None,
+) -> Mixture:
     """Give a pipeline the experts of a bundle. It is then used as always: prompts, guidance, schedulers, img2img.
 
     Args:
@@ -20,6 +30,8 @@ def attach(pipeline: Any, bundle: Bundle | Path | str, mode: Mode | None = None)
             device. Other pipelines that share that module are specialised too.
         bundle: a bundle or its folder.
         mode: ``switch`` or ``route`` (or ``off``); ``None`` takes the bundle's own.
+        text_experts: how often prompts are encoded anew where text encoders carry experts: ``step``, ``interval`` or
+            ``off``; ``None`` is ``step`` when routing and ``interval`` when switching. See `Reencoder`.
 
     Returns:
         The mixture: set its ``mode`` at any time; `detach` gives the pipeline back as it was.
@@ -28,25 +40,30 @@ def attach(pipeline: Any, bundle: Bundle | Path | str, mode: Mode | None = None)
         ValueError: the bundle does not fit, naming the modules and shapes that differ; the pipeline stays as it was.
     """
     bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
-    denoiser = denoiser_of(pipeline)
-    missing = sorted(set(bundle.target_modules) - {name for name, _ in denoiser.named_modules()})
+    networks = _networks_of(pipeline, bundle.target_modules)
+    inner = {name: _inner_names(name, network, bundle.target_modules) for name, network in networks.items()}
+    known = {path for name, found in inner.items() for path in (_path(name, i) for i in found)}
+    missing = sorted(set(bundle.target_modules) - known)
     if missing:
         raise ValueError(
-            f"this bundle was made for a {bundle.denoiser_class} ({bundle.base_model}); the {type(denoiser).__name__}"
-            f" of this pipeline lacks {len(missing)} of its {len(bundle.target_modules)} modules:\n  "
-            + "\n  ".join(missing)
+            f"this bundle was made for a {bundle.denoiser_class} ({bundle.base_model}); this"
+            f" {type(pipeline).__name__} with its {type(denoiser_of(pipeline)).__name__} lacks {len(missing)} of its"
+            f" {len(bundle.target_modules)} modules:\n  " + "\n  ".join(missing)
         )
-    exactly = "|".join(re.escape(name) for name in bundle.target_modules)
-    mixture = Mixture.attach(denoiser, bundle.spec, exactly)
+    exactly = {name: "|".join(re.escape(i) for i in found) for name, found in inner.items()}
+    scale = timestep_scale_of(denoiser_of(pipeline))
+    mixture = Mixture.attach(networks, bundle.spec, exactly, owned=owned_intervals(pipeline), timestep_scale=scale)
     try:
         mixture.load_state_dict(bundle.tensors)
         mixture.mode = mode or bundle.mode
     except ValueError:
         mixture.detach()
         raise
-    dtype = next(denoiser.parameters()).dtype
+    if any(name not in DENOISERS for name in mixture.networks if name):
+        Reencoder(pipeline, mixture, text_experts or ("step" if mixture.mode == "route" else "interval"))
     for layer in mixture.layers.values():
-        layer.move_experts(dtype=dtype if dtype.is_floating_point else None)
+        held = next(layer.base_layer.parameters(), None)
+        layer.move_experts(dtype=held.dtype if held is not None and held.dtype.is_floating_point else None)
         layer.experts.requires_grad_(False)
         if layer.router is not None:
             layer.router.requires_grad_(False)
@@ -59,7 +76,24 @@ def detach(pipeline: Any) -> None:
     Raises:
         ValueError: it carries none.
     """
-    Mixture.of(denoiser_of(pipeline)).detach()
+    mixture = mixture_of(pipeline)
+    reencoder = Reencoder.of(pipeline)
+    if reencoder is not None:
+        reencoder.remove()
+    mixture.detach()
+
+
+def mixture_of(pipeline: Any) -> Mixture:
+    """The mixture that a pipeline carries.
+
+    Raises:
+        ValueError: it carries none.
+    """
+    modules = _modules_of(pipeline)
+    carried = {n: [m.name for m in c.modules() if isinstance(m, MixtureLayer)] for n, c in modules.items()}
+    if any(path.startswith(f"{name}.") for name, paths in carried.items() for path in paths):
+        return Mixture.of({name: modules[name] for name, paths in carried.items() if paths})
+    return Mixture.of(denoiser_of(pipeline))
 
 
 def denoiser_of(pipeline: Any) -> nn.Module:
@@ -68,8 +102,37 @@ def denoiser_of(pipeline: Any) -> nn.Module:
     Raises:
         ValueError: the pipeline has neither a ``unet`` nor a ``transformer``.
     """
-    for name in ("unet", "transformer"):
+    for name in DENOISERS:
         module = getattr(pipeline, name, None)
         if isinstance(module, nn.Module):
             return module
     raise ValueError(f"a {type(pipeline).__name__} has neither a unet nor a transformer to attach experts to")
+
+
+def owned_intervals(pipeline: Any) -> dict[str, Interval]:
+    """The timesteps that each of two denoisers is used for: Wan 2.2 hands over at its boundary ratio."""
+    ratio = pipeline.config.get("boundary_ratio")
+    if ratio is None or getattr(pipeline, "transformer_2", None) is None:
+        return {}
+    total = float(pipeline.scheduler.config.num_train_timesteps)
+    return {"transformer": Interval(ratio * total, total), "transformer_2": Interval(0.0, ratio * total)}
+
+
+def _networks_of(pipeline: Any, paths: Sequence[str]) -> dict[str, nn.Module]:
+    """The pipeline's parts that module paths begin with; a mixture of a bare denoiser has paths without a part."""
+    modules = _modules_of(pipeline)
+    parts = {path.partition(".")[0] for path in paths}
+    return {name: modules[name] for name in parts} if parts <= modules.keys() else {"": denoiser_of(pipeline)}
+
+
+def _modules_of(pipeline: Any) -> dict[str, nn.Module]:
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+
+
+def _inner_names(name: str, network: nn.Module, paths: Sequence[str]) -> list[str]:
+    wanted = set(paths)
+    return [inner for inner, _ in network.named_modules() if inner and _path(name, inner) in wanted]
+
+
+def _path(name: str, inner: str) -> str:
+    return f"{name}.{inner}" if name else inner

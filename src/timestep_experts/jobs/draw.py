@@ -12,7 +12,7 @@ from timestep_experts.build import resolve_model
 from timestep_experts.formats import load_bundle
 from timestep_experts.inference import SampleSettings, attach, sample
 from timestep_experts.mixture import MODES, Mode
-from timestep_experts.models import StableDiffusion
+from timestep_experts.models import load_family
 from timestep_experts.report import save_sheet
 
 
@@ -37,10 +37,12 @@ def draw(
         raise ValueError(f"unknown mode {mode!r}: allowed are switch, route and off")
     loaded = load_bundle(bundle)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = StableDiffusion.load(resolve_model(model or loaded.base_model), device).pipeline()
+    family = load_family(resolve_model(model or loaded.base_model), device)
+    if not family.text_encoders:
+        raise ValueError(f"{family.source} is a {type(family.pipeline()).__name__}: it draws nothing for a prompt")
+    pipeline = family.pipeline()
     attach(pipeline, loaded, chosen)
-    resolution = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    settings = SampleSettings(scheduler, num_inference_steps, guidance_scale, resolution, 16, seed)
+    settings = SampleSettings(scheduler, num_inference_steps, guidance_scale, family.default_resolution, 16, seed)
     pictures = sample(pipeline, prompts, settings)
     output.mkdir(parents=True, exist_ok=True)
     paths = [output / f"{seed + index:06d}.png" for index in range(len(pictures))]

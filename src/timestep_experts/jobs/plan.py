@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
-
-from timestep_experts.build import build_assemble_settings, build_foster_settings, build_spec, resolve_model
+from timestep_experts.build import (
+    build_assemble_settings,
+    build_foster_settings,
+    build_spec,
+    build_targets,
+    resolve_model,
+)
 from timestep_experts.config import Recipe
 from timestep_experts.jobs.train import has_second_stage
 from timestep_experts.mixture import Mixture
+from timestep_experts.models import read_outline
 from timestep_experts.training import assemble, foster
 
 _BYTES_PER_TRAINED = 16  # fp32 value, gradient, two moments
@@ -52,10 +56,10 @@ def make_plan(recipe: Recipe) -> list[StagePlan]:
 
 def _plan_arm(recipe: Recipe, arm: str) -> list[StagePlan]:
     own = recipe.arm(arm)
-    denoiser, num_train_timesteps = _empty_base(own)
-    spec = build_spec(own.experts, num_train_timesteps)
-    mixture = Mixture.attach(denoiser, spec, own.experts.target_modules)
-    base = sum(p.numel() for p in denoiser.parameters()) - mixture.count_parameters().stored
+    outline = read_outline(resolve_model(own.pretrained_model_name_or_path))
+    networks, targets = build_targets(own.experts, outline.denoisers, outline.text_encoders)
+    base = sum(p.numel() for network in networks.values() for p in network.parameters())
+    mixture = Mixture.attach(networks, build_spec(own.experts, outline.num_train_timesteps), targets)
     stages = foster(mixture, build_foster_settings(own))
     if has_second_stage(recipe, arm):
         stages.append(assemble(mixture, build_assemble_settings(own)))
@@ -78,19 +82,3 @@ def _plan_arm(recipe: Recipe, arm: str) -> list[StagePlan]:
             )
         )
     return plans
-
-
-def _empty_base(recipe: Recipe) -> tuple[torch.nn.Module, int]:
-    """The denoiser without weights, and its number of training timesteps."""
-    source = resolve_model(recipe.pretrained_model_name_or_path)
-    try:
-        config = UNet2DConditionModel.load_config(source, subfolder="unet")
-        scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler")
-    except OSError as error:
-        raise ValueError(
-            f"cannot load a StableDiffusionPipeline from {source!r}:"
-            f" cannot read the configurations of its denoiser and scheduler: {error}"
-        ) from error
-    with torch.device("meta"):
-        denoiser: torch.nn.Module = UNet2DConditionModel.from_config(config)
-    return denoiser, int(scheduler.config["num_train_timesteps"])

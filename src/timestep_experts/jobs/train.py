@@ -51,7 +51,7 @@ def foster_arm(recipe: Recipe, arm: str, workshop: Workshop) -> None:
     try:
         _foster(own, arm_folder(recipe, arm), mixture, workshop)
         if not _is_assembled(recipe, arm):
-            _save(own, arm_folder(recipe, arm), mixture, "switch")
+            _save(own, arm_folder(recipe, arm), mixture, workshop, "switch")
     finally:
         mixture.detach()
 
@@ -74,7 +74,7 @@ def assemble_arm(recipe: Recipe, arm: str, workshop: Workshop) -> None:
         stage = assemble(mixture, settings)
         assert own.assemble is not None  # its settings were built
         _run(own, stage, mixture, workshop, own.assemble.optimizer, folder, "route")
-        _save(own, folder, mixture, "route")
+        _save(own, folder, mixture, workshop, "route")
     finally:
         mixture.detach()
 
@@ -147,7 +147,7 @@ def _observer(recipe: Recipe, mixture: Mixture, workshop: Workshop, folder: Path
     return observe
 
 
-def _save(recipe: Recipe, folder: Path, mixture: Mixture, mode: Mode) -> None:
+def _save(recipe: Recipe, folder: Path, mixture: Mixture, workshop: Workshop, mode: Mode) -> None:
     provenance = {
         "recipe": recipe.model_dump(mode="json", exclude={"arms", "output_dir"}),
         "versions": {
@@ -165,7 +165,7 @@ def _save(recipe: Recipe, folder: Path, mixture: Mixture, mode: Mode) -> None:
         tensors=mixture.state_dict(),
         mode=mode,
         base_model=recipe.pretrained_model_name_or_path,
-        denoiser_class=type(mixture.model).__name__,
+        denoiser_class=type(workshop.family.denoiser).__name__,
         provenance=provenance,
     )
     save_bundle(bundle, folder / "bundle")

@@ -1,7 +1,7 @@
 """TimeStep Master on any network: low-rank experts per timestep interval, switched or routed. Needs torch only."""
 
 from timestep_experts.mixture.layer import MixtureLayer, Mode
-from timestep_experts.mixture.mixture import MODES, Mixture, ParameterCount, match_targets
+from timestep_experts.mixture.mixture import MODES, Mixture, ParameterCount, bound_to, match_targets
 from timestep_experts.mixture.router import Router
 from timestep_experts.mixture.spec import MixtureSpec, Scale, asymmetric
 
@@ -15,5 +15,6 @@ __all__ = [
     "Router",
     "Scale",
     "asymmetric",
+    "bound_to",
     "match_targets",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from timestep_experts.intervals import Interval
 from timestep_experts.mixture.lowrank import ExpertStack, LayerGeometry, apply_experts
 from timestep_experts.mixture.router import Router
 from timestep_experts.mixture.spec import MixtureSpec, Scale
@@ -48,6 +50,16 @@ class Binding:
         owners = {scale.name: scale.partition.index_of(t) for scale in self.spec.scales}
         self.routing = Routing(t, owners)
 
+    @contextmanager
+    def bound(self, t: Tensor) -> Iterator[None]:
+        """`route_to` for a while, then back to the timesteps before."""
+        before = self.routing
+        self.route_to(t)
+        try:
+            yield
+        finally:
+            self.routing = before
+
     def active_scales(self) -> list[tuple[Scale, ...]]:
         """The scales that speak in this mode: the cores first, then the contexts; a role without any is left out."""
         speaking = [scale for scale in self.spec.scales if self._speaks(scale)]
@@ -67,7 +79,7 @@ class MixtureLayer(nn.Module):
     ``in_features`` keeps working.
     """
 
-    def __init__(self, base_layer: nn.Module, binding: Binding, name: str) -> None:
+    def __init__(self, base_layer: nn.Module, binding: Binding, name: str, owned: Interval | None = None) -> None:
         super().__init__()
         spec = binding.spec
         self.base_layer = base_layer
@@ -79,9 +91,7 @@ class MixtureLayer(nn.Module):
                 f"{name}: a gate per position needs a layer that keeps positions; this {type(base_layer).__name__} has"
                 f" kernel {self.geometry.kernel_size}, stride {self.geometry.stride}, padding {self.geometry.padding}"
             )
-        self.experts = nn.ModuleDict(
-            {s.name: ExpertStack(self.geometry, len(s.partition), s.rank, s.alpha, name) for s in spec.scales}
-        )
+        self.experts = nn.ModuleDict({scale.name: self._stack(scale, owned) for scale in spec.scales})
         self.router = None
         if spec.gated_scales:
             self.router = Router(
@@ -92,6 +102,11 @@ class MixtureLayer(nn.Module):
                 spec.gate,
                 spec.router_knots,
             )
+
+    def _stack(self, scale: Scale, owned: Interval | None) -> ExpertStack:
+        """The experts of a scale, or those of them whose interval meets the one that this layer is used for."""
+        met = [i for i, interval in enumerate(scale.partition.intervals) if owned is None or interval.meets(owned)]
+        return ExpertStack(self.geometry, len(met), scale.rank, scale.alpha, self.name, met[0] if owned else None)
 
     def __getattr__(self, name: str) -> Any:
         """Fall back to the base layer."""

@@ -90,9 +90,13 @@ class ExpertStack(nn.Module):
         rank: r; a multiple of the layer's groups.
         alpha: the update is scaled by alpha / r.
         where: the layer's name, for errors.
+        first: the index in its scale of the first expert held here, for a network that is used for a part of the
+            timesteps alone; ``None`` where all experts are held.
     """
 
-    def __init__(self, geometry: LayerGeometry, num_experts: int, rank: int, alpha: float, where: str) -> None:
+    def __init__(
+        self, geometry: LayerGeometry, num_experts: int, rank: int, alpha: float, where: str, first: int | None = None
+    ) -> None:
         super().__init__()
         if rank < 1 or rank % geometry.groups:
             raise ValueError(
@@ -100,10 +104,17 @@ class ExpertStack(nn.Module):
             )
         self.rank = rank
         self.scaling = alpha / rank
+        self.first, self.is_part = first or 0, first is not None
         self.A = nn.Parameter(torch.empty(num_experts, rank, geometry.in_features * math.prod(geometry.kernel_size)))
         self.B = nn.Parameter(torch.zeros(num_experts, geometry.out_features, rank // geometry.groups))
         for expert in self.A.data:
             nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
+
+    def place_of(self, owner: Tensor) -> Tensor:
+        """Where in A and B the experts of these indices are; the nearest ones for indices that are not held here."""
+        if not self.is_part:
+            return owner
+        return (owner - self.first).clamp(0, len(self.A) - 1)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -138,8 +149,9 @@ def apply_experts(
     """
     if all(len(stack.A) == 1 for stack in stacks):  # nothing to choose: one product serves the whole batch
         return _apply_shared(base, x, stacks, gates, geometry, in_place)
-    downs = [stack.A.index_select(0, owner) for stack, owner in zip(stacks, owners, strict=True)]
-    ups = [stack.B.index_select(0, owner) for stack, owner in zip(stacks, owners, strict=True)]
+    chosen = [(stack, stack.place_of(owner)) for stack, owner in zip(stacks, owners, strict=True)]
+    downs = [stack.A.index_select(0, place) for stack, place in chosen]
+    ups = [stack.B.index_select(0, place) for stack, place in chosen]
     down, up = _join(downs, ups, [stack.scaling for stack in stacks], geometry.groups)
     strength = _strength(gates, stacks, geometry.groups)
     hidden = _project_down(x, down.to(x.dtype), geometry)
@@ -206,11 +218,13 @@ def _add_up(base: Tensor, hidden: Tensor, up: Tensor, geometry: LayerGeometry, i
         flat = base.reshape(base.shape[0], -1, base.shape[-1])
         return add(flat, hidden.transpose(1, 2), up.transpose(1, 2)).view(base.shape)
     (batch, out), groups = base.shape[:2], geometry.groups
-    return add(
+    y = add(
         base.reshape(batch * groups, out // groups, -1),
         up.reshape(batch * groups, out // groups, -1),
         hidden.reshape(batch * groups, -1, hidden.shape[-1]),
     ).view(base.shape)
+    # channels that were last stay last: later layers would choose other kernels, which round differently
+    return y if base.is_contiguous() else torch.empty_like(base).copy_(y)
 
 
 def _project_down(x: Tensor, down: Tensor, geometry: LayerGeometry) -> Tensor:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from timestep_experts.intervals import Interval
 from timestep_experts.mixture.layer import Binding, MixtureLayer, Mode
 from timestep_experts.mixture.lowrank import ExpertStack
 from timestep_experts.mixture.spec import MixtureSpec
 
 MODES: tuple[Mode, ...] = ("off", "foster", "switch", "route")
+
+Networks: TypeAlias = nn.Module | Mapping[str, nn.Module]
+"""One network, or several by name: a denoiser and its text encoders, or two denoisers that share out the timesteps."""
+
+Targets: TypeAlias = str | Sequence[str]
+"""PEFT's patterns, see `match_targets`."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class ParameterCount:
     trainable: int
 
 
-def match_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
+def match_targets(model: nn.Module, target_modules: Targets) -> list[str]:
     """Names of the modules that patterns select, by PEFT's rules; layers that already carry experts never match.
 
     Args:
@@ -55,78 +62,101 @@ def match_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list
 
 
 class Mixture:
-    """The experts attached to one network. Made by `attach` or found by `of`; `detach` undoes it.
+    """The experts attached to one network or several. Made by `attach` or found by `of`; `detach` undoes it.
 
-    The network is used as before: a hook reads ``timestep`` from each call and hands it to the layers.
+    The networks are used as before: a hook reads ``timestep`` from each call and hands it to the layers.
     """
 
-    def __init__(self, model: nn.Module, binding: Binding, layers: dict[str, MixtureLayer]) -> None:
-        self.model = model
+    def __init__(self, networks: dict[str, nn.Module], binding: Binding, layers: dict[str, MixtureLayer]) -> None:
+        self.networks = networks
         self.layers = layers
         self._binding = binding
 
     @classmethod
     def attach(
         cls,
-        model: nn.Module,
+        networks: Networks,
         spec: MixtureSpec,
-        target_modules: str | Sequence[str],
+        target_modules: Targets | Mapping[str, Targets],
         *,
+        owned: Mapping[str, Interval] | None = None,
         timestep_argument: str = "timestep",
+        timestep_scale: float = 1.0,
         seed: int = 0,
     ) -> Mixture:
         """Give every target module its experts, in mode ``off``. B is zero, so nothing changes until training.
 
         Args:
-            model: the denoiser; its ``forward`` takes ``timestep_argument``, a number or a tensor of 1 or B values.
+            networks: the denoiser; its ``forward`` takes ``timestep_argument``, a number or a tensor of 1 or B values.
+                Or several networks by name, which is then the first part of their layers' names. One whose ``forward``
+                takes no timestep (a text encoder) is told it by `at`.
             spec: scales and router form.
-            target_modules: see `match_targets`; every element of a list must match something.
-            timestep_argument: the name of that argument. Without it (text encoders) bind timesteps with `at`.
+            target_modules: see `match_targets`, for each network if there are several; every element of a list must
+                match something.
+            owned: the interval of t that a network is used for, by its name; it carries no experts of others.
+            timestep_argument: the name of that argument.
+            timestep_scale: t is this times what the denoiser receives.
             seed: of the initial A.
 
         Raises:
-            ValueError: the model already carries a mixture, a pattern matches nothing, or a match cannot carry experts.
+            ValueError: a network already carries a mixture, a pattern matches nothing, or a match cannot carry experts.
         """
-        if any(isinstance(module, MixtureLayer) for module in model.modules()):
-            raise ValueError(f"this {type(model).__name__} already carries a mixture of experts; detach it first")
-        names = match_targets(model, target_modules)
-        _require_matches(model, target_modules, names)
+        named = _by_name(networks)
+        patterns = target_modules if isinstance(target_modules, Mapping) else dict.fromkeys(named, target_modules)
+        matches = {name: _match_all(network, patterns[name]) for name, network in named.items()}
         binding = Binding(spec)
+        layers = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            layers = {name: MixtureLayer(model.get_submodule(name), binding, name) for name in names}
-        for name, layer in layers.items():
+            for name, network in named.items():
+                for module in matches[name]:
+                    path = f"{name}.{module}" if name else module
+                    interval = (owned or {}).get(name)
+                    layers[path] = MixtureLayer(network.get_submodule(module), binding, path, interval)
+        mixture = cls(named, binding, layers)
+        for path, layer in layers.items():
             layer.move_experts(_device_of(layer.base_layer))
             layer.train(layer.base_layer.training)
-            _replace_module(model, name, layer)
-        reader = _TimestepReader(binding, *_find_argument(model, timestep_argument), timestep_argument)
-        model.register_forward_pre_hook(reader.read, with_kwargs=True)
-        return cls(model, binding, layers)
+            mixture._replace_module(path, layer)
+        for network in named.values():
+            argument = _find_argument(network, timestep_argument)
+            reader = _TimestepReader(binding, *argument, timestep_argument, timestep_scale)
+            network.register_forward_pre_hook(reader.read, with_kwargs=True)
+        return mixture
 
     @classmethod
-    def of(cls, model: nn.Module) -> Mixture:
-        """The mixture that a model (or a deep copy of one) carries.
+    def of(cls, networks: Networks) -> Mixture:
+        """The mixture that networks (or deep copies of them) carry.
 
         Raises:
-            ValueError: it carries none.
+            ValueError: they carry none.
         """
-        layers = {module.name: module for module in model.modules() if isinstance(module, MixtureLayer)}
+        named = _by_name(networks)
+        modules = (module for network in named.values() for module in network.modules())
+        layers = {module.name: module for module in modules if isinstance(module, MixtureLayer)}
         if not layers:
-            raise ValueError(f"this {type(model).__name__} carries no mixture of experts")
-        return cls(model, next(iter(layers.values())).binding, layers)
+            kinds = ", ".join(type(network).__name__ for network in named.values())
+            raise ValueError(f"this {kinds} carries no mixture of experts")
+        return cls(named, next(iter(layers.values())).binding, layers)
 
     def detach(self) -> None:
-        """Put the base layers back and remove the hook; the model's ``state_dict`` is what it was, to the byte."""
-        for name, layer in self.layers.items():
-            _replace_module(self.model, name, layer.base_layer)
-        for key, hook in list(self.model._forward_pre_hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), _TimestepReader):
-                del self.model._forward_pre_hooks[key]
-                self.model._forward_pre_hooks_with_kwargs.pop(key, None)
-        for module in self.model.modules():
-            function = getattr(module, "_gradient_checkpointing_func", None)
-            if isinstance(function, _RoutedCheckpoint):
-                module._gradient_checkpointing_func = function.function  # type: ignore[assignment]
+        """Put the base layers back and remove the hooks; every ``state_dict`` is what it was, to the byte."""
+        for path, layer in self.layers.items():
+            self._replace_module(path, layer.base_layer)
+        for network in self.networks.values():
+            for key, hook in list(network._forward_pre_hooks.items()):
+                if isinstance(getattr(hook, "__self__", None), _TimestepReader):
+                    del network._forward_pre_hooks[key]
+                    network._forward_pre_hooks_with_kwargs.pop(key, None)
+            for module in network.modules():
+                function = getattr(module, "_gradient_checkpointing_func", None)
+                if isinstance(function, _RoutedCheckpoint):
+                    module._gradient_checkpointing_func = function.function  # type: ignore[assignment]
+
+    def _replace_module(self, path: str, module: nn.Module) -> None:
+        name, _, inner = ("", "", path) if "" in self.networks else path.partition(".")
+        parent, _, leaf = inner.rpartition(".")
+        setattr(self.networks[name].get_submodule(parent), leaf, module)
 
     @property
     def spec(self) -> MixtureSpec:
@@ -143,6 +173,12 @@ class Mixture:
         if mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}: allowed are {', '.join(MODES)}")
         self._binding.mode = mode
+
+    @property
+    def timesteps(self) -> Tensor | None:
+        """The timesteps ``(B,)`` of the running or latest forward pass; ``None`` before the first."""
+        routing = self._binding.routing
+        return None if routing is None else routing.t
 
     def foster(self, *scale_names: str) -> None:
         """Mode ``foster``: the experts of these scales speak, ungated, and no others."""
@@ -162,12 +198,8 @@ class Mixture:
     @contextmanager
     def at(self, t: Tensor) -> Iterator[None]:
         """Bind timesteps ``(B,)`` by hand, for a network whose ``forward`` takes none."""
-        before = self._binding.routing
-        self._binding.route_to(t.reshape(-1).float())
-        try:
+        with self._binding.bound(t.reshape(-1).float()):
             yield
-        finally:
-            self._binding.routing = before
 
     @contextmanager
     def recorded_gates(self) -> Iterator[dict[str, list[Tensor]]]:
@@ -182,6 +214,11 @@ class Mixture:
         """The experts of one scale, layer by layer."""
         name = self.spec.scale(scale_name).name
         return [layer.experts[name] for layer in self.layers.values()]  # type: ignore[misc]  # ModuleDict
+
+    def expert(self, scale_name: str, index: int) -> list[tuple[nn.Parameter, int]]:
+        """One expert: the stacked tensors that hold it, A and B of each layer, with its place in them."""
+        places = ((stack, index - stack.first) for stack in self.stacks(scale_name))
+        return [(p, place) for stack, place in places if 0 <= place < len(stack.A) for p in (stack.A, stack.B)]
 
     def router_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The routers' parameters: those of F (weights and biases), and the tables E."""
@@ -238,6 +275,15 @@ class Mixture:
                 yield from layer.router.parameters()
 
 
+@contextmanager
+def bound_to(networks: Iterable[nn.Module], t: Tensor) -> Iterator[None]:
+    """`Mixture.at` for the mixture that some networks carry; does nothing if they carry none."""
+    layers = (module for network in networks for module in network.modules() if isinstance(module, MixtureLayer))
+    first = next(layers, None)
+    with nullcontext() if first is None else first.binding.bound(t.reshape(-1).float()):
+        yield
+
+
 @dataclass
 class _TimestepReader:
     """The hook on the denoiser: reads the timestep of a call, spreads it over the batch, binds it."""
@@ -246,15 +292,17 @@ class _TimestepReader:
     first: str
     position: int | None
     argument: str
+    scale: float
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.binding.mode == "off" or self.position is None:
+        if self.binding.mode == "off":
             return
-        sample = args[0] if args else kwargs[self.first]
-        t = kwargs[self.argument] if self.argument in kwargs else args[self.position]
-        t = t if isinstance(t, Tensor) else torch.tensor([t])  # as_tensor would recompile at every new number
-        t = t.to(sample.device).reshape(-1).float()
-        self.binding.route_to(t.expand(sample.shape[0]) if t.shape[0] == 1 else t)
+        if self.position is not None:
+            sample = args[0] if args else kwargs[self.first]
+            t = kwargs[self.argument] if self.argument in kwargs else args[self.position]
+            t = t if isinstance(t, Tensor) else torch.tensor([t])  # as_tensor would recompile at every new number
+            t = t.to(sample.device).reshape(-1).float() * self.scale
+            self.binding.route_to(t.expand(sample.shape[0]) if t.shape[0] == 1 else t)
         if torch.is_grad_enabled():
             self._keep_routing_through_checkpoints(module)
 
@@ -285,25 +333,28 @@ class _RoutedCheckpoint:
         return self.function(run_as_routed, *args)
 
 
-def _require_matches(model: nn.Module, target_modules: str | Sequence[str], names: list[str]) -> None:
-    patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    unmatched = [p for p in patterns if not isinstance(target_modules, str) and not _any_ends(names, p)]
+def _by_name(networks: Networks) -> dict[str, nn.Module]:
+    return {"": networks} if isinstance(networks, nn.Module) else dict(networks)
+
+
+def _match_all(network: nn.Module, targets: Targets) -> list[str]:
+    """`match_targets`, with every reason to refuse."""
+    if any(isinstance(module, MixtureLayer) for module in network.modules()):
+        raise ValueError(f"this {type(network).__name__} already carries a mixture of experts; detach it first")
+    names = match_targets(network, targets)
+    patterns = [targets] if isinstance(targets, str) else list(targets)
+    unmatched = [p for p in patterns if not isinstance(targets, str) and not _any_ends(names, p)]
     if names and not unmatched:
-        return
-    leaves = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if name and not list(m.children())})
+        return names
+    leaves = {name.rsplit(".", 1)[-1] for name, m in network.named_modules() if name and not list(m.children())}
     raise ValueError(
-        f"target modules {unmatched or patterns} match no layer of this {type(model).__name__};"
-        f" its layers end in: {', '.join(leaves)}"
+        f"target modules {unmatched or patterns} match no layer of this {type(network).__name__};"
+        f" its layers end in: {', '.join(sorted(leaves))}"
     )
 
 
 def _any_ends(names: list[str], target: str) -> bool:
     return any(name == target or name.endswith(f".{target}") for name in names)
-
-
-def _replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _find_argument(model: nn.Module, argument: str) -> tuple[str, int | None]:

@@ -1,18 +1,32 @@
 """What differs between base models, one file per family, behind one protocol."""
 
 from timestep_experts.models.ddpm import DDPM
-from timestep_experts.models.family import Conditioning, Family
+from timestep_experts.models.family import Conditioning, Family, timestep_scale_of
+from timestep_experts.models.flux import Flux
 from timestep_experts.models.noise import DiscreteNoise, FlowNoise, NoiseProcess
+from timestep_experts.models.outline import Outline, read_outline
+from timestep_experts.models.pixart import PixArt, PixArtSigma
+from timestep_experts.models.registry import FAMILIES, load_family
 from timestep_experts.models.stable_diffusion import StableDiffusion
+from timestep_experts.models.stable_diffusion_3 import StableDiffusion3
 from timestep_experts.models.stable_diffusion_xl import StableDiffusionXL
 
 __all__ = [
     "DDPM",
+    "FAMILIES",
     "Conditioning",
     "DiscreteNoise",
     "Family",
     "FlowNoise",
+    "Flux",
     "NoiseProcess",
+    "Outline",
+    "PixArt",
+    "PixArtSigma",
     "StableDiffusion",
+    "StableDiffusion3",
     "StableDiffusionXL",
+    "load_family",
+    "read_outline",
+    "timestep_scale_of",
 ]

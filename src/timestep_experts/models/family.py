@@ -11,10 +11,15 @@ from typing import Any, ClassVar, Self, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from timestep_experts.intervals import Interval
+from timestep_experts.mixture import bound_to
 from timestep_experts.models.noise import NoiseProcess
 
 Conditioning: TypeAlias = Mapping[str, Tensor]
 """Text features by name, batch first."""
+
+TIMESTEP_SCALES: Mapping[str, float] = {"FluxTransformer2DModel": 1000.0}
+"""Denoisers that are not called with t itself: what their ``timestep`` is multiplied by to give t."""
 
 _LATENT_FACTS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
@@ -23,7 +28,7 @@ class Family(ABC):
     """A base model around its diffusers pipeline; all parts are frozen and in evaluation mode.
 
     A subclass says what differs: the pipeline's class, its parts, how media and text are encoded, and how the denoiser
-    is called.
+    is called. The denoiser's own ``timestep`` times ``timestep_scale`` is t.
 
     Args:
         parts: the pipeline.
@@ -36,6 +41,7 @@ class Family(ABC):
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     tokenizer_names: ClassVar[tuple[str, ...]] = ("tokenizer",)
     is_video: ClassVar[bool] = False
+    timestep_scale: ClassVar[float] = 1.0
     loading_options: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, parts: Any, source: str = "a pipeline in memory") -> None:
@@ -57,10 +63,20 @@ class Family(ABC):
         kind: Any = cls.pipeline_class
         load = kind.from_single_file if Path(source).suffix == ".safetensors" else kind.from_pretrained
         try:
-            pipeline = load(source, **cls.loading_options).to(device, dtype)
+            options = {**cls.loading_options, **cls._left_out(source)}
+            pipeline = load(source, **options).to(device, dtype)
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"cannot load a {kind.__name__} from {source!r}: {error}") from error
         return cls(pipeline, source)
+
+    @classmethod
+    def _left_out(cls, source: str) -> dict[str, None]:
+        """The text encoders and tokenizers that a folder was saved without; diffusers wants to be told of each."""
+        if Path(source).suffix == ".safetensors":
+            return {}
+        kind: Any = cls.pipeline_class
+        index = kind.load_config(source)
+        return {name: None for name in (*cls.text_encoder_names, *cls.tokenizer_names) if index.get(name) == [None] * 2}
 
     @property
     def denoiser(self) -> nn.Module:
@@ -69,14 +85,31 @@ class Family(ABC):
         return module
 
     @property
+    def denoisers(self) -> dict[str, nn.Module]:
+        """All denoisers by their names in the pipeline: one, unless several share out the timesteps."""
+        return {self.denoiser_name: self.denoiser}
+
+    @property
+    def owned_intervals(self) -> dict[str, Interval]:
+        """The timesteps of each denoiser, where there are several."""
+        return {}
+
+    @property
     def text_encoders(self) -> dict[str, nn.Module]:
-        """The text encoders by their names in the pipeline."""
-        return {name: getattr(self.parts, name) for name in self.text_encoder_names}
+        """The text encoders by their names in the pipeline; without those that it was loaded without."""
+        modules = {name: getattr(self.parts, name) for name in self.text_encoder_names}
+        return {name: module for name, module in modules.items() if module is not None}
 
     @property
     def device(self) -> torch.device:
         """Of the denoiser."""
         return next(self.denoiser.parameters()).device
+
+    @property
+    def default_resolution(self) -> int:
+        """Side in pixels of the pictures that the base draws unless told otherwise."""
+        config: Any = self.denoiser.config
+        return int(config.sample_size) * int(getattr(self.parts, "vae_scale_factor", 1))
 
     def pipeline(self) -> Any:
         """The diffusers pipeline around the same modules."""
@@ -92,7 +125,8 @@ class Family(ABC):
                 digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         for name in self.tokenizer_names:
             tokenizer = getattr(self.parts, name)
-            digest.update(repr((sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length)).encode())
+            if tokenizer is not None:
+                digest.update(repr((sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length)).encode())
         if self.autoencoder_name:
             config = getattr(self.parts, self.autoencoder_name).config
             digest.update(repr([config.get(fact) for fact in _LATENT_FACTS]).encode())
@@ -103,6 +137,11 @@ class Family(ABC):
         """Text features of each caption, fp32 where they are numbers, as the pipeline computes them."""
         features = self.encode_text(self.tokenize(captions))
         return {name: value.float() if value.is_floating_point() else value for name, value in features.items()}
+
+    def features_at(self, tokens: Mapping[str, Tensor], t: Tensor) -> dict[str, Tensor]:
+        """`encode_text` by the experts in charge at ``t (B,)``, each caption's own; gradients reach them."""
+        with bound_to(self.text_encoders.values(), t):
+            return self.encode_text(tokens)
 
     @abstractmethod
     def make_noise(self) -> NoiseProcess:
@@ -123,3 +162,9 @@ class Family(ABC):
     @abstractmethod
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """What the denoiser says; inputs are cast to its dtype."""
+
+
+def timestep_scale_of(denoiser: nn.Module) -> float:
+    """What a denoiser's ``timestep`` is multiplied by to give t: 1, but for the classes of `TIMESTEP_SCALES`."""
+    names = (kind.__name__ for kind in type(denoiser).__mro__)
+    return next((TIMESTEP_SCALES[name] for name in names if name in TIMESTEP_SCALES), 1.0)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import DDPMScheduler
@@ -105,6 +106,28 @@ class FlowNoise:
     density: LogitNormalDensity = field(default_factory=LogitNormalDensity)
     num_train_timesteps: int = 1000
 
+    @classmethod
+    def of_scheduler(cls, scheduler: Any, source: str, num_tokens: int) -> FlowNoise:
+        """T and the shift of a flow-matching scheduler, under a logit-normal density of mean 0 and deviation 1.
+
+        Args:
+            scheduler: a diffusers flow-matching scheduler.
+            source: whose it is, for errors.
+            num_tokens: image tokens of a picture of the base's default size; a dynamic shift is the one for them.
+
+        Raises:
+            ValueError: the scheduler is not of a flow model.
+        """
+        config = scheduler.config
+        if "shift" not in config:
+            raise ValueError(
+                f"{source}: a {type(scheduler).__name__} is no scheduler of a flow model;"
+                " allowed are FlowMatchEulerDiscreteScheduler and others that have a shift"
+            )
+        num_train_timesteps = int(config["num_train_timesteps"])
+        shift = _dynamic_shift(config, num_tokens) if config.get("use_dynamic_shifting") else float(config["shift"])
+        return cls(LogitNormalDensity(0.0, 1.0, shift, num_train_timesteps), num_train_timesteps)
+
     @property
     def has_integer_timesteps(self) -> bool:
         """Continuous t."""
@@ -117,6 +140,14 @@ class FlowNoise:
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:  # noqa: ARG002 - the flow is straight
         """``noise - x0``."""
         return noise - latents
+
+
+def _dynamic_shift(config: Any, num_tokens: int) -> float:
+    """The pipelines' line through (base tokens, base shift) and (most tokens, most shift), in the scheduler's form."""
+    fewest, most = config["base_image_seq_len"], config["max_image_seq_len"]
+    slope = (config["max_shift"] - config["base_shift"]) / (most - fewest)
+    mu = float(config["base_shift"] + slope * (num_tokens - fewest))
+    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

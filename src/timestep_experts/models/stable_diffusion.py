@@ -1,8 +1,9 @@
-"""Stable Diffusion 1.x and 2.x: UNet2DConditionModel, one CLIP text encoder, AutoencoderKL; predicts noise or velocity."""
+"""Stable Diffusion 1.x and 2.x: a UNet, one CLIP text encoder, AutoencoderKL; predicts noise or velocity."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
@@ -16,7 +17,7 @@ class StableDiffusion(Family):
     """A `Family` around a `StableDiffusionPipeline`."""
 
     pipeline_class = StableDiffusionPipeline
-    loading_options = {"safety_checker": None, "requires_safety_checker": False}
+    loading_options: ClassVar = {"safety_checker": None, "requires_safety_checker": False}
 
     def make_noise(self) -> DiscreteNoise:
         """See `Family`."""

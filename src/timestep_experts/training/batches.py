@@ -79,7 +79,9 @@ class BatchPlan:
         generator = generator_for(self.seed, self.stage, str(stratum), step)
         return Batch(
             rows=self._rows(stratum, len(pictures), step),
-            t=draw_timesteps(stratum, family.noise.density, count, generator, integer=family.noise.has_integer_timesteps),
+            t=draw_timesteps(
+                stratum, family.noise.density, count, generator, integer=family.noise.has_integer_timesteps
+            ),
             noise=torch.randn(count, *pictures.latents.shape[1:], generator=generator),
             dropped=torch.rand(count, generator=generator) < self.caption_dropout,
         )

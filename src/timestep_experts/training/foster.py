@@ -76,14 +76,13 @@ def _stage(
 def _experts(
     mixture: Mixture, settings: FosterSettings, scale: Scale, strata: Partition, share: float
 ) -> list[Learner]:
-    stacks = mixture.stacks(scale.name)
     learners = []
     for index, interval in enumerate(scale.partition.intervals):
         owned = sum(interval.covers(stratum) for stratum in strata.intervals)
         learners.append(
             Learner(
                 name=f"{scale.name}.{index}",
-                slices=[(tensor, index) for stack in stacks for tensor in (stack.A, stack.B)],
+                slices=list(mixture.expert(scale.name, index)),
                 learning_rate=settings.learning_rates[scale.name][index],
                 max_train_steps=max(1, round(settings.max_train_steps[scale.name][index] * share)),
                 gradient_share=1 / owned,
@@ -108,7 +107,8 @@ def _copier(mixture: Mixture, coarse: Scale, fine: Scale) -> Callable[[], None]:
     @torch.no_grad()
     def copy() -> None:
         for source, target in zip(mixture.stacks(coarse.name), mixture.stacks(fine.name), strict=True):
-            target.A.copy_(source.A[owners.to(source.A.device)])
-            target.B.copy_(source.B[owners.to(source.B.device)])
+            places = source.place_of(owners[target.first :][: len(target.A)].to(source.A.device))
+            target.A.copy_(source.A[places])
+            target.B.copy_(source.B[places])
 
     return copy

@@ -224,8 +224,8 @@ class _Stepper:
         family, device = self.family, self.family.device
         latents = self.pictures.latents[chunk.rows].to(device)
         noise, t = chunk.noise.to(device), chunk.t.to(device)
-        conditioning = self.pictures.conditioning(chunk.rows, device, chunk.dropped)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.mixed_precision == "bf16"):
+            conditioning = self.pictures.features_at(family, chunk.rows, t, chunk.dropped)
             predicted = family.predict(family.noise.add_noise(latents, noise, t), t, conditioning)
         losses = squared_error(predicted, family.noise.target(latents, noise, t))
         (losses.sum() / self.stage.plan.samples_per_stratum).backward()  # type: ignore[no-untyped-call]

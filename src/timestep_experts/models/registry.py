@@ -1,0 +1,53 @@
+"""Which family a base model belongs to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from timestep_experts.models.ddpm import DDPM
+from timestep_experts.models.family import Family
+from timestep_experts.models.flux import Flux
+from timestep_experts.models.pixart import PixArt, PixArtSigma
+from timestep_experts.models.stable_diffusion import StableDiffusion
+from timestep_experts.models.stable_diffusion_3 import StableDiffusion3
+from timestep_experts.models.stable_diffusion_xl import StableDiffusionXL
+
+FAMILIES: dict[str, type[Family]] = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "StableDiffusionXLPipeline": StableDiffusionXL,
+    "StableDiffusion3Pipeline": StableDiffusion3,
+    "PixArtAlphaPipeline": PixArt,
+    "PixArtSigmaPipeline": PixArtSigma,
+    "FluxPipeline": Flux,
+    "DDPMPipeline": DDPM,
+    "DDIMPipeline": DDPM,
+}
+"""The family of each pipeline, by the ``_class_name`` in a folder's ``model_index.json``."""
+
+
+def load_family(source: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Family:
+    """Load a base model of any family.
+
+    Args:
+        source: a diffusers folder, a hub id, or a single ``.safetensors`` file of Stable Diffusion 1.x or 2.x.
+        device: where to.
+        dtype: of all parts.
+
+    Raises:
+        ValueError: it is no pipeline or none of `FAMILIES`, or it cannot be loaded.
+    """
+    if Path(source).suffix == ".safetensors":
+        return StableDiffusion.load(source, device, dtype)
+    supported = f"supported are folders and hub ids of {', '.join(FAMILIES)}, and .safetensors files of the first"
+    try:
+        name = DiffusionPipeline.load_config(source)["_class_name"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"cannot load a pipeline from {source!r}: it has no readable model_index.json; {supported}: {error}"
+        ) from error
+    if name not in FAMILIES:
+        raise ValueError(f"cannot load a pipeline from {source!r}: its model_index.json names {name!r}; {supported}")
+    return FAMILIES[name].load(source, device, dtype)

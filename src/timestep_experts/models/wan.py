@@ -1,0 +1,139 @@
+"""Wan 2.1 and 2.2, text to video: WanTransformer3DModel, UMT5, AutoencoderKLWan; predicts flow.
+
+Wan 2.2 has two denoisers: ``transformer`` for high noise, ``transformer_2`` below a boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import WanPipeline
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from torch import Tensor, nn
+
+from timestep_experts.intervals import Interval, LogitNormalDensity
+from timestep_experts.models.encoding import token_ids
+from timestep_experts.models.family import Conditioning, Family
+from timestep_experts.models.noise import FlowNoise
+
+
+class Wan(Family):
+    """A `Family` around a `WanPipeline`.
+
+    Text features are padded with zeros to 512 tokens, which the denoiser attends to, as the pipeline does.
+    """
+
+    pipeline_class = WanPipeline
+    denoiser_name = "transformer"
+    is_video = True
+    max_sequence_length: ClassVar[int] = 512
+
+    @property
+    def denoisers(self) -> dict[str, nn.Module]:
+        """``transformer``, and Wan 2.2's ``transformer_2``."""
+        modules = {name: getattr(self.parts, name) for name in ("transformer", "transformer_2")}
+        return {name: module for name, module in modules.items() if module is not None}
+
+    @property
+    def owned_intervals(self) -> dict[str, Interval]:
+        """The timesteps of Wan 2.2's two denoisers; that of high noise also owns t = T.
+
+        Raises:
+            ValueError: there are two, but the pipeline names no boundary between 0 and 1.
+        """
+        ratio = self.parts.config.boundary_ratio
+        if len(self.denoisers) == 1:
+            return {}
+        if ratio is None or not 0 < ratio < 1:
+            raise ValueError(f"{self.source}: two transformers need a boundary_ratio between 0 and 1; got {ratio}")
+        num_train_timesteps = self.noise.num_train_timesteps
+        boundary = ratio * num_train_timesteps
+        return {"transformer": Interval(boundary, num_train_timesteps), "transformer_2": Interval(0, boundary)}
+
+    @property
+    def default_resolution(self) -> int:
+        """The shorter side of 832 x 480."""
+        return 480
+
+    def make_noise(self) -> FlowNoise:
+        """The scheduler's T and flow shift.
+
+        Raises:
+            ValueError: the scheduler is not of a flow model.
+        """
+        scheduler = self.parts.scheduler
+        config = scheduler.config
+        name = "flow_shift" if config.get("use_flow_sigmas") else "shift"
+        if name not in config or config.get("use_dynamic_shifting"):
+            raise ValueError(
+                f"{self.source}: a {type(scheduler).__name__} without a fixed flow shift; allowed are"
+                " FlowMatchEulerDiscreteScheduler and multistep schedulers with use_flow_sigmas"
+            )
+        num_train_timesteps = int(config["num_train_timesteps"])
+        density = LogitNormalDensity(shift=float(config[name]), num_train_timesteps=num_train_timesteps)
+        return FlowNoise(density, num_train_timesteps)
+
+    @torch.no_grad()
+    def encode_media(self, pixels: Tensor) -> Tensor:
+        """Clips ``(B, 3, F, H, W)`` to normalised posterior means ``(B, c, (F - 1) / 4 + 1, h, w)``, fp32.
+
+        Raises:
+            ValueError: F - 1, H or W are no multiples of what the autoencoder and the patches shrink them by.
+        """
+        vae = self.parts.vae
+        temporal, spatial = self.parts.vae_scale_factor_temporal, self.parts.vae_scale_factor_spatial
+        _, rows, columns = self.parts.transformer.config.patch_size
+        frames, height, width = pixels.shape[-3:]
+        if (frames - 1) % temporal or height % (spatial * rows) or width % (spatial * columns):
+            raise ValueError(
+                f"{self.source}: clips of {frames} frames of {width} x {height} pixels do not fit; a number of frames"
+                f" less 1 must divide by {temporal}, a width by {spatial * columns}, a height by {spatial * rows}"
+            )
+        inputs = pixels.to(next(vae.parameters()).device, vae.dtype)
+        means = torch.cat([vae.encode(clip[None]).latent_dist.mean for clip in inputs]).float()
+        shift, scale = (_per_channel(vae.config[name], means) for name in ("latents_mean", "latents_std"))
+        return (means - shift) / scale
+
+    def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask`` of the captions, cleaned as the pipeline does."""
+        tokens = token_ids(self.parts.tokenizer, [prompt_clean(c) for c in captions], self.max_sequence_length)
+        return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+
+    def encode_text(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The last hidden states, 0 behind the end of a caption, ``(B, 512, d)``."""
+        encoder = self.parts.text_encoder
+        device = next(encoder.parameters()).device
+        mask = tokens["attention_mask"].to(device)
+        states: Tensor = encoder(tokens["input_ids"].to(device), mask).last_hidden_state
+        return {"encoder_hidden_states": states * mask[..., None].to(states.dtype)}
+
+    def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """Each sample by the denoiser that owns its t."""
+        owned = self.owned_intervals
+        text = conditioning["encoder_hidden_states"]
+        if not owned:
+            return _denoise(self.parts.transformer, noisy, t, text)
+        t, text = t.to(noisy.device), text.to(noisy.device)
+        is_low = t.double() < owned["transformer"].lo  # exact, as in Partition.index_of
+        rows_of = {"transformer": (~is_low).nonzero()[:, 0], "transformer_2": is_low.nonzero()[:, 0]}
+        parts = [
+            (rows, _denoise(self.denoisers[name], noisy[rows], t[rows], text[rows]))
+            for name, rows in rows_of.items()
+            if len(rows)
+        ]
+        order = torch.cat([rows for rows, _ in parts]).argsort()
+        return torch.cat([predicted for _, predicted in parts])[order]
+
+
+def _denoise(transformer: Any, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    dtype = transformer.dtype  # not of the first parameter, which may be kept in fp32
+    predicted: Tensor = transformer(
+        hidden_states=noisy.to(dtype), timestep=t, encoder_hidden_states=text.to(noisy.device, dtype)
+    ).sample
+    return predicted
+
+
+def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, device=like.device, dtype=like.dtype).reshape(-1, 1, 1, 1)
