@@ -279,6 +279,18 @@ def test_the_family_says_the_frame_rate() -> None:
         VideoCrafter(pipeline, fps=8)
 
 
+@pytest.mark.parametrize("is_folded", [True, False])
+def test_video_crafter_is_loaded_from_a_folder(is_folded: bool, tmp_path: Path) -> None:
+    pipeline = tiny_video_crafter()
+    if is_folded:
+        pipeline.unet = fold_fps(pipeline.unet, FPS)
+    pipeline.save_pretrained(tmp_path)
+    loaded = VideoCrafter.load(str(tmp_path), torch.device("cpu"))
+    assert loaded.fps == (None if is_folded else FPS)
+    with torch.no_grad():
+        assert max_error(unet_call(loaded.denoiser), unet_call(pipeline.unet)) <= 1e-5
+
+
 # VideoCrafter: gradient checkpointing
 
 
