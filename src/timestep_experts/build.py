@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from timestep_experts.data import (
 from timestep_experts.data.sources import WORLD_PREFIX
 from timestep_experts.evaluation import LossSettings
 from timestep_experts.inference import SampleSettings
-from timestep_experts.inference.sample import make_scheduler
+from timestep_experts.inference.sample import choose_scheduler
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale, asymmetric
 from timestep_experts.models import Family, load_family
@@ -81,8 +81,7 @@ def build_family(recipe: Recipe) -> Family:
     """Load the base model."""
     family = load_family(resolve_model(recipe.pretrained_model_name_or_path), build_device(recipe))
     if recipe.training.gradient_checkpointing:
-        denoiser: Any = family.denoiser
-        denoiser.enable_gradient_checkpointing()
+        family.checkpoint_gradients()
     return family
 
 
@@ -111,7 +110,7 @@ def build_workshop(recipe: Recipe) -> Workshop:
     settings = PictureSettings(recipe.resolution, recipe.data.flip)
     prompts = build_prompts(recipe, validation)
     is_judged = _is_judged(recipe, prompts)
-    make_scheduler(recipe.evaluation.scheduler, family.pipeline().scheduler.config)  # fails before hours of training
+    choose_scheduler(recipe.evaluation.scheduler, family.pipeline().scheduler)  # fails before hours of training
     as_tokens = any(recipe.arm(arm).experts.text_target_modules is not None for arm in recipe.arm_names)
     return Workshop(
         family=family,

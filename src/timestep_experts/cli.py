@@ -124,7 +124,9 @@ def sample(
     mode: Annotated[str | None, typer.Option(help="switch, route or off; default: the bundle's own.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Inference steps.")] = 20,
     guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance scale.")] = 3.0,
-    scheduler: Annotated[str, typer.Option(help="Any scheduler of diffusers.")] = "DPMSolverMultistepScheduler",
+    scheduler: Annotated[
+        str | None, typer.Option(help="Any scheduler of diffusers; without it, the base's own.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Picture i starts from seed + i.")] = 0,
 ) -> None:
     """Draw pictures with a trained bundle."""

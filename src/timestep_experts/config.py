@@ -127,7 +127,7 @@ class EvaluationConfig(_Strict):
     seed: int = 1234
     prompts: tuple[str, ...] | Path | None = Field(None, description="a list or a text file; null: held-out captions")
     num_prompts: Annotated[int, Field(ge=0)] = 128
-    scheduler: str = Field("DPMSolverMultistepScheduler", description="any scheduler of diffusers")
+    scheduler: str | None = Field(None, description="any scheduler of diffusers; null: the base's own")
     num_inference_steps: PositiveInt = 20
     guidance_scale: Annotated[float, Field(ge=0)] = 3.0
     batch_size: PositiveInt = 32

@@ -12,13 +12,15 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from timestep_experts.models.video_crafter import ScaledSignalDDIMScheduler
+
 
 @dataclass(frozen=True)
 class SampleSettings:
     """How pictures are drawn.
 
     Args:
-        scheduler: the name of a diffusers scheduler.
+        scheduler: the name of a diffusers scheduler; ``None`` keeps the pipeline's own.
         num_inference_steps: denoising steps.
         guidance_scale: of classifier-free guidance; 1 and below means none.
         resolution: side in pixels.
@@ -26,7 +28,7 @@ class SampleSettings:
         seed: picture i starts from seed + i, whatever the batch size.
     """
 
-    scheduler: str
+    scheduler: str | None
     num_inference_steps: int
     guidance_scale: float
     resolution: int
@@ -49,10 +51,10 @@ def sample(
         ``(N, resolution, resolution, 3)`` uint8, RGB.
 
     Raises:
-        ValueError: diffusers has no such scheduler.
+        ValueError: see `choose_scheduler`.
     """
     before = pipeline.scheduler
-    pipeline.scheduler = make_scheduler(settings.scheduler, before.config)
+    pipeline.scheduler = choose_scheduler(settings.scheduler, before)
     pictures = []
     try:
         with tqdm(total=len(prompts), desc=progress, unit="picture", disable=progress is None, leave=False) as bar:
@@ -74,6 +76,29 @@ def sample(
         pipeline.scheduler = before
     size = settings.resolution
     return np.concatenate(pictures) if pictures else np.zeros((0, size, size, 3), np.uint8)
+
+
+def choose_scheduler(name: str | None, own: Any) -> Any:
+    """The scheduler of that name with a pipeline's noise schedule; ``None`` gives the pipeline's own.
+
+    Raises:
+        ValueError: diffusers has none of that name, or it does not sample what the base was trained on.
+    """
+    if name is None:
+        return own
+    chosen = make_scheduler(name, own.config)
+    if isinstance(own, ScaledSignalDDIMScheduler) or _is_flow(own) != _is_flow(chosen):
+        allowed = "FlowMatch ones" if _is_flow(own) else "DDPM-like ones"
+        allowed = "none but its own" if isinstance(own, ScaledSignalDDIMScheduler) else allowed
+        raise ValueError(
+            f"{name} does not sample what this base was trained on: it comes with a {type(own).__name__}; allowed are"
+            f" {allowed}, and null for its own"
+        )
+    return chosen
+
+
+def _is_flow(scheduler: Any) -> bool:
+    return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def make_scheduler(name: str, config: Any) -> Any:

@@ -24,7 +24,7 @@ def draw(
     mode: str | None,
     num_inference_steps: int,
     guidance_scale: float,
-    scheduler: str,
+    scheduler: str | None,
     seed: int,
 ) -> list[Path]:
     """Draw one picture per prompt; returns their paths and, last, the contact sheet's.

@@ -244,7 +244,7 @@ def _notes(recipe: Recipe, workshop: Workshop) -> list[str]:
     evaluation = recipe.evaluation
     notes = [
         f"One seed ({recipe.seed}). All rows meet the same validation pictures, timesteps and noise, and draw pictures"
-        f" from the same {len(workshop.prompts)} prompts and seeds ({evaluation.scheduler},"
+        f" from the same {len(workshop.prompts)} prompts and seeds ({evaluation.scheduler or 'its own scheduler'},"
         f" {evaluation.num_inference_steps} steps, guidance {evaluation.guidance_scale:g}).",
         "Validation captions occur in no training picture.",
         "Parameters and samples are those of what the mode uses: switching counts neither routers nor contexts that"

@@ -10,6 +10,8 @@ from timestep_experts.models.registry import FAMILIES, load_family
 from timestep_experts.models.stable_diffusion import StableDiffusion
 from timestep_experts.models.stable_diffusion_3 import StableDiffusion3
 from timestep_experts.models.stable_diffusion_xl import StableDiffusionXL
+from timestep_experts.models.video_crafter import VideoCrafter
+from timestep_experts.models.wan import Wan
 
 __all__ = [
     "DDPM",
@@ -26,6 +28,8 @@ __all__ = [
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
+    "VideoCrafter",
+    "Wan",
     "load_family",
     "read_outline",
     "timestep_scale_of",

@@ -6,10 +6,11 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from timestep_experts.intervals import Interval
 from timestep_experts.mixture import bound_to
@@ -64,7 +65,7 @@ class Family(ABC):
         load = kind.from_single_file if Path(source).suffix == ".safetensors" else kind.from_pretrained
         try:
             options = {**cls.loading_options, **cls._left_out(source)}
-            pipeline = load(source, **options).to(device, dtype)
+            pipeline = load(source, torch_dtype=dtype, **options).to(device)
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"cannot load a {kind.__name__} from {source!r}: {error}") from error
         return cls(pipeline, source)
@@ -110,6 +111,12 @@ class Family(ABC):
         """Side in pixels of the pictures that the base draws unless told otherwise."""
         config: Any = self.denoiser.config
         return int(config.sample_size) * int(getattr(self.parts, "vae_scale_factor", 1))
+
+    def checkpoint_gradients(self) -> None:
+        """Trade compute for memory: keep the activations of block boundaries alone."""
+        for module in self.denoisers.values():
+            denoiser: Any = module
+            denoiser.enable_gradient_checkpointing()
 
     def pipeline(self) -> Any:
         """The diffusers pipeline around the same modules."""

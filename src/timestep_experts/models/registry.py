@@ -14,6 +14,8 @@ from timestep_experts.models.pixart import PixArt, PixArtSigma
 from timestep_experts.models.stable_diffusion import StableDiffusion
 from timestep_experts.models.stable_diffusion_3 import StableDiffusion3
 from timestep_experts.models.stable_diffusion_xl import StableDiffusionXL
+from timestep_experts.models.video_crafter import VideoCrafter
+from timestep_experts.models.wan import Wan
 
 FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": StableDiffusion,
@@ -22,6 +24,8 @@ FAMILIES: dict[str, type[Family]] = {
     "PixArtAlphaPipeline": PixArt,
     "PixArtSigmaPipeline": PixArtSigma,
     "FluxPipeline": Flux,
+    "TextToVideoSDPipeline": VideoCrafter,
+    "WanPipeline": Wan,
     "DDPMPipeline": DDPM,
     "DDIMPipeline": DDPM,
 }

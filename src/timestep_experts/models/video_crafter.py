@@ -172,6 +172,9 @@ class VideoCrafter(Family):
         if fps is not None:
             parts.unet.fps = fps
         super().__init__(parts, source)
+        scheduler = ScaledSignalDDIMScheduler.from_config(parts.scheduler.config, clip_sample=False, thresholding=False)
+        self._drawing = TextToVideoSDPipeline(**{**parts.components, "scheduler": scheduler})
+        self._drawing.set_progress_bar_config(disable=True)
 
     @property
     def fps(self) -> float | None:
@@ -190,12 +193,11 @@ class VideoCrafter(Family):
 
     def pipeline(self) -> Any:
         """A pipeline of the same modules that samples by `ScaledSignalDDIMScheduler`."""
-        scheduler = ScaledSignalDDIMScheduler.from_config(
-            self.parts.scheduler.config, clip_sample=False, thresholding=False
-        )
-        drawing = TextToVideoSDPipeline(**{**self.parts.components, "scheduler": scheduler})
-        drawing.set_progress_bar_config(disable=True)
-        return drawing
+        return self._drawing
+
+    def checkpoint_gradients(self) -> None:
+        """By `checkpoint_blocks`: a UNet3DConditionModel cannot do it itself."""
+        checkpoint_blocks(self.parts.unet)
 
     def encode_media(self, pixels: Tensor) -> Tensor:
         """Clips ``(B, 3, F, H, W)`` to ``(B, 4, F, h, w)``; no frame sees another."""
