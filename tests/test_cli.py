@@ -552,6 +552,6 @@ def test_a_dry_run_of_one_arm(base: Path, tmp_path: Path) -> None:
 
 def test_a_dry_run_needs_a_base_it_can_read(base: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tmp_path / "nowhere", tmp_path)
-    assert "cannot read the configurations of its denoiser and scheduler" in refused("run", recipe, "--dry-run")
+    assert f"cannot load a pipeline from '{tmp_path / 'nowhere'}'" in refused("run", recipe, "--dry-run")
     recipe = write_recipe(tmp_path, base, tmp_path)
     assert "match no layer" in refused("run", recipe, "--dry-run", "experts.target_modules=[to_nowhere]")

@@ -65,7 +65,7 @@ class Family(ABC):
         load = kind.from_single_file if Path(source).suffix == ".safetensors" else kind.from_pretrained
         try:
             options = {**cls.loading_options, **cls._left_out(source)}
-            pipeline = load(source, torch_dtype=dtype, **options).to(device)
+            pipeline = load(source, dtype=dtype, **options).to(device)
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"cannot load a {kind.__name__} from {source!r}: {error}") from error
         return cls(pipeline, source)
