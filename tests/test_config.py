@@ -95,7 +95,7 @@ def test_every_shipped_recipe_parses_with_all_its_arms(path: Path) -> None:
         own = recipe.arm(name)
         assert own.arms == {}
         spec = build_spec(own.experts, 1000)
-        build_foster_settings(own)
+        build_foster_settings(own, ())
         build_sample_settings(own)
         if own.assemble is not None:
             build_assemble_settings(own)
@@ -322,10 +322,10 @@ def test_numbers_per_expert_fit_the_number_of_experts(
     scale: dict[str, Any], count: int, option: str, tmp_path: Path
 ) -> None:
     numbers = [7 + i for i in range(count)]
-    settings = build_foster_settings(load(tmp_path, with_scales(scale | {option: numbers})))
+    settings = build_foster_settings(load(tmp_path, with_scales(scale | {option: numbers})), ())
     values = settings.learning_rates if option == "learning_rate" else settings.max_train_steps
     assert values == {f"n{count}": tuple(numbers)}
-    alone = build_foster_settings(load(tmp_path, with_scales(scale | {option: 7})))
+    alone = build_foster_settings(load(tmp_path, with_scales(scale | {option: 7})), ())
     values = alone.learning_rates if option == "learning_rate" else alone.max_train_steps
     assert values == {f"n{count}": (7,) * count}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -210,9 +210,10 @@ def build_mixture(recipe: Recipe, family: Family) -> Mixture:
     )
 
 
-def build_foster_settings(recipe: Recipe) -> FosterSettings:
+def build_foster_settings(recipe: Recipe, text_encoders: Iterable[str]) -> FosterSettings:
     """Stage 1; numbers per expert are spelled out."""
     foster = recipe.foster
+    factor = (foster.text_learning_rate or foster.learning_rate) / foster.learning_rate
     scales = recipe.experts.scales
     return FosterSettings(
         method=foster.method,
@@ -221,6 +222,7 @@ def build_foster_settings(recipe: Recipe) -> FosterSettings:
         max_train_steps={s.label: _per_expert(s, s.max_train_steps, foster.max_train_steps) for s in scales},
         caption_dropout=recipe.data.caption_dropout,
         seed=recipe.seed,
+        rate_factors=dict.fromkeys(text_encoders, factor),
     )
 
 

@@ -93,6 +93,7 @@ class FosterConfig(_Strict):
     max_train_steps: PositiveInt = 1000
     train_batch_size: PositiveInt = Field(8, description="per interval and step")
     learning_rate: PositiveFloat = 1e-4
+    text_learning_rate: PositiveFloat | None = Field(None, description="on text encoders; null: learning_rate")
     optimizer: OptimizerConfig = OptimizerConfig()
 
 

@@ -60,7 +60,7 @@ def _plan_arm(recipe: Recipe, arm: str) -> list[StagePlan]:
     networks, targets = build_targets(own.experts, outline.denoisers, outline.text_encoders)
     base = sum(p.numel() for network in networks.values() for p in network.parameters())
     mixture = Mixture.attach(networks, build_spec(own.experts, outline.num_train_timesteps), targets)
-    stages = foster(mixture, build_foster_settings(own))
+    stages = foster(mixture, build_foster_settings(own, outline.text_encoders))
     if has_second_stage(recipe, arm):
         stages.append(assemble(mixture, build_assemble_settings(own)))
     plans = []

@@ -66,7 +66,7 @@ def assemble_arm(recipe: Recipe, arm: str, workshop: Workshop) -> None:
     settings = build_assemble_settings(own)
     mixture = build_mixture(own, workshop.family)
     try:
-        stages = foster(mixture, build_foster_settings(own))
+        stages = foster(mixture, build_foster_settings(own, workshop.family.text_encoders))
         unfinished = [stage.name for stage in stages if not (folder / stage.name / "result.safetensors").is_file()]
         if unfinished:
             raise ValueError(f"arm {arm!r} is not fostered yet ({', '.join(unfinished)} missing in {folder})")
@@ -90,7 +90,7 @@ def _is_assembled(recipe: Recipe, arm: str) -> bool:
 
 
 def _foster(recipe: Recipe, folder: Path, mixture: Mixture, workshop: Workshop) -> None:
-    for stage in foster(mixture, build_foster_settings(recipe)):
+    for stage in foster(mixture, build_foster_settings(recipe, workshop.family.text_encoders)):
         _run(recipe, stage, mixture, workshop, recipe.foster.optimizer, folder, "switch")
 
 

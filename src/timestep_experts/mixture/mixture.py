@@ -154,9 +154,14 @@ class Mixture:
                     module._gradient_checkpointing_func = function.function  # type: ignore[assignment]
 
     def _replace_module(self, path: str, module: nn.Module) -> None:
-        name, _, inner = ("", "", path) if "" in self.networks else path.partition(".")
+        name, inner = self._split(path)
         parent, _, leaf = inner.rpartition(".")
         setattr(self.networks[name].get_submodule(parent), leaf, module)
+
+    def _split(self, path: str) -> tuple[str, str]:
+        """The network of a layer, and the layer's name in it."""
+        name, _, inner = ("", "", path) if "" in self.networks else path.partition(".")
+        return name, inner
 
     @property
     def spec(self) -> MixtureSpec:
@@ -215,9 +220,12 @@ class Mixture:
         name = self.spec.scale(scale_name).name
         return [layer.experts[name] for layer in self.layers.values()]  # type: ignore[misc]  # ModuleDict
 
-    def expert(self, scale_name: str, index: int) -> list[tuple[nn.Parameter, int]]:
-        """One expert: the stacked tensors that hold it, A and B of each layer, with its place in them."""
-        places = ((stack, index - stack.first) for stack in self.stacks(scale_name))
+    def expert(self, scale_name: str, index: int, network_names: Iterable[str]) -> list[tuple[nn.Parameter, int]]:
+        """One expert on some of the networks: the stacked tensors, A and B of each layer, with its place in them."""
+        names = set(network_names)
+        layers = (layer for path, layer in self.layers.items() if self._split(path)[0] in names)
+        stacks: Any = (layer.experts[scale_name] for layer in layers)
+        places = ((stack, index - stack.first) for stack in stacks)
         return [(p, place) for stack, place in places if 0 <= place < len(stack.A) for p in (stack.A, stack.B)]
 
     def router_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from itertools import pairwise, product
 from typing import Literal
 
 import torch
@@ -32,6 +32,8 @@ class FosterSettings:
         max_train_steps: per scale, one number per expert.
         caption_dropout: probability of the empty caption.
         seed: of samples.
+        rate_factors: what learning rates are multiplied by on some networks, by name: a text encoder's experts may
+            learn at their own rate, with a clip of their own.
     """
 
     method: FosterMethod
@@ -40,6 +42,7 @@ class FosterSettings:
     max_train_steps: Mapping[str, Sequence[int]]
     caption_dropout: float
     seed: int
+    rate_factors: Mapping[str, float] = field(default_factory=dict)
 
 
 def foster(mixture: Mixture, settings: FosterSettings) -> list[Stage]:
@@ -76,14 +79,17 @@ def _stage(
 def _experts(
     mixture: Mixture, settings: FosterSettings, scale: Scale, strata: Partition, share: float
 ) -> list[Learner]:
+    groups: dict[float, list[str]] = {}
+    for network in mixture.networks:
+        groups.setdefault(settings.rate_factors.get(network, 1.0), []).append(network)
     learners = []
-    for index, interval in enumerate(scale.partition.intervals):
+    for (index, interval), (factor, networks) in product(enumerate(scale.partition.intervals), groups.items()):
         owned = sum(interval.covers(stratum) for stratum in strata.intervals)
         learners.append(
             Learner(
-                name=f"{scale.name}.{index}",
-                slices=list(mixture.expert(scale.name, index)),
-                learning_rate=settings.learning_rates[scale.name][index],
+                name=f"{scale.name}.{index}" + (f".{'+'.join(networks)}" if len(groups) > 1 else ""),
+                slices=list(mixture.expert(scale.name, index, networks)),
+                learning_rate=settings.learning_rates[scale.name][index] * factor,
                 max_train_steps=max(1, round(settings.max_train_steps[scale.name][index] * share)),
                 gradient_share=1 / owned,
             )
