@@ -79,7 +79,8 @@ def resolve_model(source: str) -> str:
 
 def build_family(recipe: Recipe) -> Family:
     """Load the base model."""
-    family = load_family(resolve_model(recipe.pretrained_model_name_or_path), build_device(recipe))
+    dtype = torch.bfloat16 if recipe.training.base_dtype == "bf16" else torch.float32
+    family = load_family(resolve_model(recipe.pretrained_model_name_or_path), build_device(recipe), dtype)
     if recipe.training.gradient_checkpointing:
         family.checkpoint_gradients()
     return family
@@ -186,9 +187,14 @@ def build_targets(
         return networks, targets
     if not text_encoders:
         raise ValueError("recipe.experts.text_target_modules: this base model has no text encoder")
-    networks |= text_encoders
-    targets |= dict.fromkeys(text_encoders, experts.text_target_modules)
-    return networks, targets
+    wanted = experts.text_target_modules
+    chosen = wanted if isinstance(wanted, Mapping) else dict.fromkeys(text_encoders, wanted)
+    for name in chosen:
+        if name not in text_encoders:
+            known = ", ".join(text_encoders)
+            raise ValueError(f"recipe.experts.text_target_modules: no text encoder {name!r}; this base has {known}")
+        networks[name] = text_encoders[name]
+    return networks, {**targets, **chosen}
 
 
 def build_mixture(recipe: Recipe, family: Family) -> Mixture:

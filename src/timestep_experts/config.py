@@ -68,7 +68,9 @@ class ExpertsConfig(_Strict):
     """What is attached to the denoiser, and to the text encoders."""
 
     target_modules: tuple[str, ...] | str = ("to_q", "to_k", "to_v", "to_out.0")
-    text_target_modules: tuple[str, ...] | str | None = Field(None, description="of every text encoder; null: none")
+    text_target_modules: tuple[str, ...] | str | Mapping[str, tuple[str, ...] | str] | None = Field(
+        None, description="of every text encoder, or of those named (text_encoder_2: [...]); null: none"
+    )
     scales: tuple[ScaleConfig, ...] = Field(min_length=1)
     dropout: Share = 0.0
     router_input: Literal["z_and_t", "z", "t"] = "z_and_t"
@@ -111,6 +113,7 @@ class TrainingConfig(_Strict):
     """What both stages share."""
 
     mixed_precision: Literal["no", "bf16"] = "no"
+    base_dtype: Literal["fp32", "bf16"] = Field("fp32", description="of the frozen base; experts are always fp32")
     gradient_accumulation_steps: PositiveInt = 1
     gradient_checkpointing: bool = False
     checkpointing_steps: PositiveInt | None = 500

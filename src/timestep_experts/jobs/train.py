@@ -120,7 +120,7 @@ def _identity(recipe: Recipe, workshop: Workshop, stage: Stage) -> dict[str, Any
     """Whatever decides the bytes of a stage's result."""
     parts = {"seed", "experts", "foster"} | ({"assemble"} if stage.name == "assemble" else set())
     document = recipe.model_dump(mode="json", include=parts)
-    training = recipe.training.model_dump(include={"mixed_precision", "gradient_accumulation_steps"})
+    training = recipe.training.model_dump(include={"mixed_precision", "base_dtype", "gradient_accumulation_steps"})
     return {
         **document,
         **training,
