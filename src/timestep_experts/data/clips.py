@@ -40,7 +40,7 @@ class ClipSettings:
         height: in pixels.
         width: in pixels.
         fps: the rate in 1/s at which a clip is read, the nearest frame each time; ``None`` reads its own frames.
-        stride: every so manieth of those is taken.
+        stride: one of so many of those is taken.
         flip: keep a mirrored copy of every clip as a further training row.
 
     Raises:

@@ -11,9 +11,8 @@ from torch import nn
 
 from timestep_experts.formats import Bundle, load_bundle
 from timestep_experts.inference.reencode import DENOISERS, Reencoder, TextExperts
-from timestep_experts.intervals import Interval
 from timestep_experts.mixture import Mixture, MixtureLayer, Mode
-from timestep_experts.models import timestep_scale_of
+from timestep_experts.models import owned_intervals, timestep_scale_of
 
 
 def attach(
@@ -51,8 +50,8 @@ def attach(
             f" {len(bundle.target_modules)} modules:\n  " + "\n  ".join(missing)
         )
     exactly = {name: "|".join(re.escape(i) for i in found) for name, found in inner.items()}
-    scale = timestep_scale_of(denoiser_of(pipeline))
-    mixture = Mixture.attach(networks, bundle.spec, exactly, owned=owned_intervals(pipeline), timestep_scale=scale)
+    scale, owned = timestep_scale_of(denoiser_of(pipeline)), owned_intervals(pipeline)
+    mixture = Mixture.attach(networks, bundle.spec, exactly, owned=owned, timestep_scale=scale)
     try:
         mixture.load_state_dict(bundle.tensors)
         mixture.mode = mode or bundle.mode
@@ -107,15 +106,6 @@ def denoiser_of(pipeline: Any) -> nn.Module:
         if isinstance(module, nn.Module):
             return module
     raise ValueError(f"a {type(pipeline).__name__} has neither a unet nor a transformer to attach experts to")
-
-
-def owned_intervals(pipeline: Any) -> dict[str, Interval]:
-    """The timesteps that each of two denoisers is used for: Wan 2.2 hands over at its boundary ratio."""
-    ratio = pipeline.config.get("boundary_ratio")
-    if ratio is None or getattr(pipeline, "transformer_2", None) is None:
-        return {}
-    total = float(pipeline.scheduler.config.num_train_timesteps)
-    return {"transformer": Interval(ratio * total, total), "transformer_2": Interval(0.0, ratio * total)}
 
 
 def _networks_of(pipeline: Any, paths: Sequence[str]) -> dict[str, nn.Module]:

@@ -11,7 +11,7 @@ from timestep_experts.models.stable_diffusion import StableDiffusion
 from timestep_experts.models.stable_diffusion_3 import StableDiffusion3
 from timestep_experts.models.stable_diffusion_xl import StableDiffusionXL
 from timestep_experts.models.video_crafter import VideoCrafter
-from timestep_experts.models.wan import Wan
+from timestep_experts.models.wan import Wan, owned_intervals
 
 __all__ = [
     "DDPM",
@@ -31,6 +31,7 @@ __all__ = [
     "VideoCrafter",
     "Wan",
     "load_family",
+    "owned_intervals",
     "read_outline",
     "timestep_scale_of",
 ]

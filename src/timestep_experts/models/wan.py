@@ -38,19 +38,8 @@ class Wan(Family):
 
     @property
     def owned_intervals(self) -> dict[str, Interval]:
-        """The timesteps of Wan 2.2's two denoisers; that of high noise also owns t = T.
-
-        Raises:
-            ValueError: there are two, but the pipeline names no boundary between 0 and 1.
-        """
-        ratio = self.parts.config.boundary_ratio
-        if len(self.denoisers) == 1:
-            return {}
-        if ratio is None or not 0 < ratio < 1:
-            raise ValueError(f"{self.source}: two transformers need a boundary_ratio between 0 and 1; got {ratio}")
-        num_train_timesteps = self.noise.num_train_timesteps
-        boundary = ratio * num_train_timesteps
-        return {"transformer": Interval(boundary, num_train_timesteps), "transformer_2": Interval(0, boundary)}
+        """The timesteps of Wan 2.2's two denoisers."""
+        return owned_intervals(self.parts)
 
     @property
     def default_resolution(self) -> int:
@@ -125,6 +114,23 @@ class Wan(Family):
         ]
         order = torch.cat([rows for rows, _ in parts]).argsort()
         return torch.cat([predicted for _, predicted in parts])[order]
+
+
+def owned_intervals(pipeline: Any) -> dict[str, Interval]:
+    """The timesteps that each of a pipeline's two denoisers is used for, by name; empty where there is one.
+
+    The denoiser of high noise also owns t = T.
+
+    Raises:
+        ValueError: there are two, but the pipeline names no boundary between 0 and 1.
+    """
+    if getattr(pipeline, "transformer_2", None) is None:
+        return {}
+    ratio = pipeline.config.get("boundary_ratio")
+    if ratio is None or not 0 < ratio < 1:
+        raise ValueError(f"two transformers need a boundary_ratio between 0 and 1; this pipeline's is {ratio}")
+    total = int(pipeline.scheduler.config.num_train_timesteps)
+    return {"transformer": Interval(ratio * total, total), "transformer_2": Interval(0, ratio * total)}
 
 
 def _denoise(transformer: Any, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor:
