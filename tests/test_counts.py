@@ -1,11 +1,12 @@
-"""The sizes that the papers and their released weights imply, on the graph of Stable Diffusion 1.5 (no memory used)."""
+"""The sizes that the papers and their released weights imply, on the real graphs (no memory used)."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet3DConditionModel
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from conftest import scales
 from timestep_experts.mixture import Mixture, MixtureSpec, match_targets
@@ -99,3 +100,34 @@ def test_trainable_parameters_are_those_that_require_gradients(stable_diffusion)
 def test_matching_needs_no_memory_and_no_attaching(shared_unet):
     assert len(match_targets(shared_unet, ATTENTION)) == 128
     assert len(match_targets(shared_unet, DMD2)) == 278
+
+
+def pixart_alpha():
+    return PixArtTransformer2DModel(num_layers=28, num_attention_heads=16, attention_head_dim=72)
+
+
+def sd3_medium():
+    return SD3Transformer2DModel(num_layers=24, num_attention_heads=24, attention_head_dim=64)
+
+
+def open_clip_vit_h():
+    """The layers up to the last but one, which VideoCrafter2 reads."""
+    return CLIPTextModel(CLIPTextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23))
+
+
+@pytest.mark.parametrize(
+    ("make", "targets", "rank", "modules", "parameters"),
+    [
+        (pixart_alpha, ATTENTION, 4, 224, 2_064_384),
+        (sd3_medium, ATTENTION, 4, 96, 1_179_648),
+        (UNet3DConditionModel, ["to_k", "to_v"], 16, 132, 3_385_344),
+        (open_clip_vit_h, ["out_proj"], 16, 23, 753_664),
+    ],
+    ids=["PixArt-alpha", "SD3 medium", "VideoCrafter2", "VideoCrafter2, text"],
+)
+def test_experts_of_the_other_models(make, targets, rank, modules, parameters):
+    with torch.device("meta"):
+        model = make()
+    mixture = attach(model, targets, 1, rank=rank)
+    assert len(mixture.layers) == modules
+    assert mixture.count_parameters().stored == parameters
