@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,3 +44,17 @@ def cast(features: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     return {
         name: value.to(first.device, dtype if value.is_floating_point() else None) for name, value in features.items()
     }
+
+
+def encode_two_clips(pipeline: Any, tokens: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The last but one hidden states of ``text_encoder`` and ``text_encoder_2`` side by side.
+
+    And what each of them returns first: its projected pooling, where it has a projection.
+    """
+    encoders = {"input_ids": pipeline.text_encoder, "input_ids_2": pipeline.text_encoder_2}
+    outputs = [
+        encoder(tokens[name].to(next(encoder.parameters()).device), output_hidden_states=True)
+        for name, encoder in encoders.items()
+    ]
+    hidden = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+    return hidden, [output[0] for output in outputs]

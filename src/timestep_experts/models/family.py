@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from timestep_experts.intervals import Interval
 from timestep_experts.mixture import bound_to
+from timestep_experts.models.encoding import cast, encode_posterior_mean
 from timestep_experts.models.noise import NoiseProcess
 
 Conditioning: TypeAlias = Mapping[str, Tensor]
@@ -154,9 +155,9 @@ class Family(ABC):
     def make_noise(self) -> NoiseProcess:
         """The forward process, read off the pipeline's scheduler."""
 
-    @abstractmethod
     def encode_media(self, pixels: Tensor) -> Tensor:
         """Pictures ``(B, 3, H, W)`` or clips ``(B, 3, F, H, W)`` in [-1, 1] to scaled latents, fp32."""
+        return encode_posterior_mean(self.parts.vae, pixels)
 
     @abstractmethod
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
@@ -166,9 +167,11 @@ class Family(ABC):
     def encode_text(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Text features of what `tokenize` gave, in the encoders' dtype; gradients reach experts on the encoders."""
 
-    @abstractmethod
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """What the denoiser says; inputs are cast to its dtype."""
+        denoiser: Any = self.denoiser
+        predicted: Tensor = denoiser(noisy.to(denoiser.dtype), timestep=t, **cast(dict(conditioning), denoiser)).sample
+        return predicted
 
 
 def timestep_scale_of(denoiser: nn.Module) -> float:

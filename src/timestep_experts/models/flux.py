@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from timestep_experts.models.encoding import cast, encode_posterior_mean, token_ids
+from timestep_experts.models.encoding import cast, token_ids
 from timestep_experts.models.family import TIMESTEP_SCALES, Conditioning, Family
 from timestep_experts.models.noise import FlowNoise
 
@@ -38,10 +38,6 @@ class Flux(Family):
         """See `Family`."""
         num_tokens = (self.parts.default_sample_size // 2) ** 2
         return FlowNoise.of_scheduler(self.parts.scheduler, self.source, num_tokens)
-
-    def encode_media(self, pixels: Tensor) -> Tensor:
-        """See `Family`."""
-        return encode_posterior_mean(self.parts.vae, pixels)
 
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """``input_ids`` of CLIP's tokenizer, ``input_ids_2`` of T5's."""

@@ -9,7 +9,7 @@ import torch
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from torch import Tensor
 
-from timestep_experts.models.encoding import cast, encode_posterior_mean, token_ids
+from timestep_experts.models.encoding import cast, token_ids
 from timestep_experts.models.family import Conditioning, Family
 from timestep_experts.models.noise import DiscreteNoise
 
@@ -27,10 +27,6 @@ class PixArt(Family):
     def make_noise(self) -> DiscreteNoise:
         """See `Family`."""
         return DiscreteNoise(self.parts.scheduler, self.source)
-
-    def encode_media(self, pixels: Tensor) -> Tensor:
-        """See `Family`."""
-        return encode_posterior_mean(self.parts.vae, pixels)
 
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask``, ``(B, max_sequence_length)``."""

@@ -8,8 +8,8 @@ from typing import ClassVar
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from timestep_experts.models.encoding import cast, encode_posterior_mean, token_ids
-from timestep_experts.models.family import Conditioning, Family
+from timestep_experts.models.encoding import cast, token_ids
+from timestep_experts.models.family import Family
 from timestep_experts.models.noise import DiscreteNoise
 
 
@@ -23,10 +23,6 @@ class StableDiffusion(Family):
         """See `Family`."""
         return DiscreteNoise(self.parts.scheduler, self.source)
 
-    def encode_media(self, pixels: Tensor) -> Tensor:
-        """See `Family`."""
-        return encode_posterior_mean(self.parts.vae, pixels)
-
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """``input_ids``, and the mask where the text encoder is configured to use one."""
         tokens = token_ids(self.parts.tokenizer, captions)
@@ -37,9 +33,3 @@ class StableDiffusion(Family):
         """The last hidden states, ``(B, L, d)``."""
         encoder = self.parts.text_encoder
         return {"encoder_hidden_states": encoder(**cast(dict(tokens), encoder))[0]}
-
-    def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """See `Family`."""
-        features = cast(dict(conditioning), self.denoiser)
-        predicted: Tensor = self.denoiser(noisy.to(self.parts.unet.dtype), t, **features).sample
-        return predicted

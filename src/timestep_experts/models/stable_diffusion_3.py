@@ -10,8 +10,8 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 from torch.nn import functional
 
-from timestep_experts.models.encoding import cast, encode_posterior_mean, token_ids
-from timestep_experts.models.family import Conditioning, Family
+from timestep_experts.models.encoding import encode_two_clips, token_ids
+from timestep_experts.models.family import Family
 from timestep_experts.models.noise import FlowNoise
 
 
@@ -30,10 +30,6 @@ class StableDiffusion3(Family):
         num_tokens = (config.sample_size // config.patch_size) ** 2
         return FlowNoise.of_scheduler(self.parts.scheduler, self.source, num_tokens)
 
-    def encode_media(self, pixels: Tensor) -> Tensor:
-        """See `Family`."""
-        return encode_posterior_mean(self.parts.vae, pixels)
-
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """``input_ids``, ``input_ids_2`` and, where there is a T5, ``input_ids_3``."""
         parts = self.parts
@@ -48,15 +44,10 @@ class StableDiffusion3(Family):
 
     def encode_text(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Both CLIPs side by side, padded to the width of T5's states and followed by them; the CLIPs' projections."""
-        encoders = (self.parts.text_encoder, self.parts.text_encoder_2)
-        outputs = [
-            encoder(tokens[name].to(self.device), output_hidden_states=True)
-            for encoder, name in zip(encoders, ("input_ids", "input_ids_2"), strict=True)
-        ]
-        short = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+        short, projections = encode_two_clips(self.parts, tokens)
         long = self._encode_long(tokens)
         hidden = torch.cat([functional.pad(short, (0, long.shape[-1] - short.shape[-1])), long], -2)
-        pooled = torch.cat([output.text_embeds for output in outputs], -1)
+        pooled = torch.cat(projections, -1)
         return {"encoder_hidden_states": hidden, "pooled_projections": pooled}
 
     def _encode_long(self, tokens: Mapping[str, Tensor]) -> Tensor:
@@ -71,9 +62,3 @@ class StableDiffusion3(Family):
             return torch.zeros(shape, device=self.device, dtype=self.parts.text_encoder.dtype)
         states: Tensor = encoder(tokens["input_ids_3"].to(self.device))[0]
         return states
-
-    def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """See `Family`."""
-        features = cast(dict(conditioning), self.denoiser)
-        predicted: Tensor = self.denoiser(noisy.to(self.parts.transformer.dtype), timestep=t, **features).sample
-        return predicted

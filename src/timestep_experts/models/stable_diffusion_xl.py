@@ -8,7 +8,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from timestep_experts.models.encoding import cast, encode_posterior_mean, token_ids
+from timestep_experts.models.encoding import cast, encode_two_clips, token_ids
 from timestep_experts.models.family import Conditioning, Family
 from timestep_experts.models.noise import DiscreteNoise
 
@@ -24,10 +24,6 @@ class StableDiffusionXL(Family):
         """See `Family`."""
         return DiscreteNoise(self.parts.scheduler, self.source)
 
-    def encode_media(self, pixels: Tensor) -> Tensor:
-        """See `Family`."""
-        return encode_posterior_mean(self.parts.vae, pixels)
-
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """``input_ids`` of the first tokenizer, ``input_ids_2`` of the second."""
         return {
@@ -37,13 +33,8 @@ class StableDiffusionXL(Family):
 
     def encode_text(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The last but one hidden states of both encoders side by side, and the second one's projected pooling."""
-        encoders = (self.parts.text_encoder, self.parts.text_encoder_2)
-        outputs = [
-            encoder(tokens[name].to(self.device), output_hidden_states=True)
-            for encoder, name in zip(encoders, ("input_ids", "input_ids_2"), strict=True)
-        ]
-        hidden = torch.cat([output.hidden_states[-2] for output in outputs], -1)
-        return {"encoder_hidden_states": hidden, "text_embeds": outputs[1].text_embeds}
+        hidden, projections = encode_two_clips(self.parts, tokens)
+        return {"encoder_hidden_states": hidden, "text_embeds": projections[1]}
 
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Original and target size are those of the latents' picture, without crop, as in the pipeline."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from timestep_experts.models.encoding import cast, encode_posterior_mean, token_ids
-from timestep_experts.models.family import Conditioning, Family
+from timestep_experts.models.family import Family
 from timestep_experts.models.noise import DiscreteNoise, per_sample
 
 FPS = 28.0
@@ -212,9 +212,3 @@ class VideoCrafter(Family):
         """The last hidden states, ``(B, L, d)``."""
         encoder = self.parts.text_encoder
         return {"encoder_hidden_states": encoder(**cast(dict(tokens), encoder))[0]}
-
-    def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """See `Family`."""
-        features = cast(dict(conditioning), self.denoiser)
-        predicted: Tensor = self.denoiser(noisy.to(self.parts.unet.dtype), t, **features).sample
-        return predicted
