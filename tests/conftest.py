@@ -112,31 +112,34 @@ def tiny_tokenizer(words: list[str], length: int) -> CLIPTokenizer:
     return tokenizer
 
 
+def tiny_clip_config(tokenizer: CLIPTokenizer, **options: object) -> CLIPTextConfig:
+    """A text encoder of one layer and width 8, unless told otherwise."""
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    length = tokenizer.model_max_length
+    return CLIPTextConfig(vocab_size=len(tokenizer), max_position_embeddings=length, **{**sizes, **special, **options})
+
+
+def tiny_autoencoder(**options: object) -> AutoencoderKL:
+    """16-pixel pictures to 8x8 latents of four channels."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        **options,
+    )
+
+
 def tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionPipeline:
     """A whole Stable Diffusion of random weights: 16-pixel pictures, 8x8 latents, 8 tokens."""
     tokenizer = tiny_tokenizer(["red", "star", "blue", "plain", "cross"], 8)
-    text_config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        text_encoder = CLIPTextModel(text_config)
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=16,
-        )
+        text_encoder = CLIPTextModel(tiny_clip_config(tokenizer))
+        vae = tiny_autoencoder()
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,

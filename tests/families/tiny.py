@@ -11,7 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -23,7 +23,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from conftest import tiny_pipeline, tiny_tokenizer
+from conftest import tiny_autoencoder, tiny_clip_config, tiny_pipeline, tiny_tokenizer
 
 WORDS = ("a", "red", "blue", "star", "plain", "cross", "in", "the", "dark")
 CLIP_LENGTH = 24
@@ -34,18 +34,8 @@ def clip_tokenizer(length: int = CLIP_LENGTH) -> CLIPTokenizer:
 
 
 def clip_config(width: int) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=len(clip_tokenizer()),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        projection_dim=width,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=CLIP_LENGTH,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "projection_dim": width, "num_hidden_layers": 2}
+    return tiny_clip_config(clip_tokenizer(), **sizes)
 
 
 def t5_tokenizer() -> T5Tokenizer:
@@ -57,18 +47,6 @@ def t5_tokenizer() -> T5Tokenizer:
 def t5(width: int) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(vocab_size=len(t5_tokenizer()), d_model=width, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    )
-
-
-def autoencoder(**options: Any) -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-        **options,
     )
 
 
@@ -114,7 +92,7 @@ def stable_diffusion_xl() -> diffusers.StableDiffusionXLPipeline:
         projection_class_embeddings_input_dim=6 * 4 + 16,
     )
     return diffusers.StableDiffusionXLPipeline(
-        vae=autoencoder(),
+        vae=tiny_autoencoder(),
         text_encoder=CLIPTextModel(clip_config(8)),
         text_encoder_2=CLIPTextModelWithProjection(clip_config(16)),
         tokenizer=clip_tokenizer(),
@@ -155,7 +133,7 @@ def pixart(
         **({"sample_size": 8} | options),
     )
     return kind(
-        vae=autoencoder(),
+        vae=tiny_autoencoder(),
         text_encoder=t5(16),
         tokenizer=t5_tokenizer(),
         transformer=transformer,
@@ -178,7 +156,7 @@ def stable_diffusion_3(*, has_t5: bool = True, **options: Any) -> diffusers.Stab
         pos_embed_max_size=8,
     )
     return diffusers.StableDiffusion3Pipeline(
-        vae=autoencoder(shift_factor=0.1),
+        vae=tiny_autoencoder(shift_factor=0.1),
         text_encoder=CLIPTextModelWithProjection(clip_config(8)),
         text_encoder_2=CLIPTextModelWithProjection(clip_config(16)),
         text_encoder_3=t5(32) if has_t5 else None,
@@ -204,7 +182,7 @@ def flux(*, guidance_embeds: bool = True, **options: Any) -> diffusers.FluxPipel
         axes_dims_rope=(4, 6, 6),
     )
     return diffusers.FluxPipeline(
-        vae=autoencoder(shift_factor=0.1),
+        vae=tiny_autoencoder(shift_factor=0.1),
         text_encoder=CLIPTextModel(clip_config(8)),
         text_encoder_2=t5(16),
         tokenizer=clip_tokenizer(),
