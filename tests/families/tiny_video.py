@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderKLWan,
     DDIMScheduler,
     SchedulerMixin,
@@ -14,14 +15,14 @@ from diffusers import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    CLIPTextConfig,
     CLIPTextModel,
+    CLIPTokenizer,
     PreTrainedTokenizerFast,
     UMT5Config,
     UMT5EncoderModel,
 )
 
-from conftest import tiny_autoencoder, tiny_clip_config
-from conftest import tiny_tokenizer as clip_tokenizer
 from timestep_experts.models.video_crafter import FpsUNet3DConditionModel
 
 WORDS = ("a", "red", "star", "moves", "left", "slowly", "blue", "cross")
@@ -42,12 +43,32 @@ def tiny_fps_unet(seed: int = 0) -> FpsUNet3DConditionModel:
 
 def tiny_video_crafter(prediction_type: str = "epsilon", seed: int = 0) -> TextToVideoSDPipeline:
     """VideoCrafter2 with 16-pixel frames, 8x8 latents and 8 tokens."""
-    tokenizer = clip_tokenizer(list(WORDS[1:]), 8)
-    text_config = tiny_clip_config(tokenizer, num_hidden_layers=2, hidden_act="gelu")
+    blank = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[])
+    tokenizer = blank.train_new_from_iterator([" ".join(WORDS)], 60, show_progress=False)
+    tokenizer.model_max_length = 8
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        hidden_act="gelu",
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = CLIPTextModel(text_config)
-        vae = tiny_autoencoder()
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=16,
+        )
     return TextToVideoSDPipeline(
         vae=vae,
         text_encoder=text_encoder,
