@@ -1,0 +1,313 @@
+"""Merge fine-tuned copies of a base model into one, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+
+from timestep_experts import __version__
+from timestep_experts.formats.atomic import atomic_path, write_json
+from timestep_experts.formats.checkpoints import Checkpoint, TensorInfo, file_sha256, weights_sha256, write_streamed
+from timestep_experts.formats.model_folders import copy_around, find_weights, write_index
+from timestep_experts.merging import METHODS, MergeSettings, merge_tensor
+
+BASE_KEY = "base_sha256"
+"""Metadata of an expert's weights: the hash of the base that it was trained from, see `weights_sha256`."""
+MERGE_KEY = "timestep_experts_merge"
+"""Metadata of merged weights: the record of the merge, as JSON."""
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_RECORD = "merge.json"
+_NUM_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class _Input:
+    """A model to read, and who it is."""
+
+    weights: Checkpoint
+    files: Mapping[str, str]  # SHA-256 by name
+
+    @property
+    def sha256(self) -> str:
+        return weights_sha256(self.files)
+
+    def described(self) -> dict[str, Any]:
+        return {"path": str(self.weights.path), "sha256": self.sha256, "files": dict(self.files)}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge made.
+
+    Args:
+        path: the file or folder.
+        record: the JSON with inputs, hashes, settings and versions.
+        num_tensors: in the merged weights.
+        num_kept: of those, integers and booleans, which have the base's value.
+        left_out: files of the base that hold other copies of the weights, which were not merged and not copied.
+    """
+
+    path: Path
+    record: Path
+    num_tensors: int
+    num_kept: int
+    left_out: tuple[str, ...]
+
+
+def merge(
+    base: Path,
+    output: Path,
+    experts: Sequence[Path],
+    settings: MergeSettings,
+    component: str | None = None,
+    dtype: str | None = None,
+) -> Merged:
+    """Merge experts into a copy of their base that has its layout; whole or not at all.
+
+    Args:
+        base: a ``.safetensors`` file, a folder with weights, or a pipeline's folder.
+        output: to be made; a file if ``base`` is one, else a folder.
+        experts: each like ``base``, in any layout.
+        settings: method and weights.
+        component: of pipelines' folders, which part is merged; ``None``: the denoiser.
+        dtype: ``fp32``, ``fp16`` or ``bf16`` of the merged floating-point tensors; ``None``: each as in the base.
+
+    Raises:
+        ValueError: an input cannot be read, they do not fit each other, a tensor is not finite, or the output exists.
+    """
+    places = [find_weights(path, component) for path in (base, *experts)]
+    record_path, chosen = _record_path(base, output), _dtype_of(dtype)
+    if component is not None and places == [base, *experts]:
+        raise ValueError(f"component {component!r} was given, but no input is a pipeline's folder")
+    checkpoints = [Checkpoint(place) for place in places]
+    if len(settings.weights) != len(experts):
+        raise ValueError(f"there are {len(settings.weights)} weights for {len(experts)} experts")
+    for expert in checkpoints[1:]:
+        _check_fit(checkpoints[0], expert)
+    weights = settings.weights_by_tensor(checkpoints[0].tensors)
+    inputs = _hashed(checkpoints)
+    _check_descent(inputs[0], inputs[1:])
+    part = None if places[0] == base else places[0].name
+    work = _Work(inputs[0], inputs[1:], settings, weights, chosen, part)
+    left_out = _write_file(work, output, record_path) if base.is_file() else _write_folder(work, base, output)
+    num_kept = sum(not info.dtype.is_floating_point for info in checkpoints[0].tensors.values())
+    return Merged(output, record_path, len(checkpoints[0].tensors), num_kept, left_out)
+
+
+def make_settings(
+    weights: Sequence[float], method: str, density: float, block_weights: Path | None, seed: int
+) -> MergeSettings:
+    """Settings as the command line gives them.
+
+    Args:
+        weights: one per expert.
+        method: see `MergeSettings`, as the rest.
+        density: kept share.
+        block_weights: a YAML file, see `read_block_weights`.
+        seed: of DARE.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+    known = next((name for name in METHODS if name == method), None)
+    if known is None:
+        raise ValueError(f"unknown merge method {method!r}: allowed are {', '.join(METHODS)}")
+    blocks = {} if block_weights is None else read_block_weights(block_weights)
+    return MergeSettings(tuple(weights), known, density, blocks, seed)
+
+
+def read_block_weights(path: Path) -> dict[str, tuple[float, ...]]:
+    """Weights by pattern from YAML: a mapping of regular expressions to lists of numbers, in the file's order.
+
+    Raises:
+        ValueError: the file is unreadable or something else.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read block weights from {path}: {error}") from error
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"{path} must map regular expressions over tensor names to lists of weights")
+    for pattern, weights in value.items():
+        is_list = isinstance(weights, list) and all(type(weight) in (int, float) for weight in weights)
+        if not isinstance(pattern, str) or not is_list:
+            raise ValueError(
+                f"{path}: {pattern!r} must be a string with a list of one number per expert; got {weights!r}"
+            )
+    return {pattern: tuple(map(float, weights)) for pattern, weights in value.items()}
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Everything that a merged tensor depends on."""
+
+    base: _Input
+    experts: Sequence[_Input]
+    settings: MergeSettings
+    weights: Mapping[str, tuple[float, ...]]
+    dtype: torch.dtype | None
+    component: str | None  # of the base's pipeline
+
+    def layout(self) -> dict[str, TensorInfo]:
+        """What the result holds."""
+        tensors = self.base.weights.tensors
+        return {name: replace(info, dtype=self._dtype(info.dtype)) for name, info in tensors.items()}
+
+    def merged(self, name: str) -> Tensor:
+        """One tensor of the result."""
+        base = _finite(self.base, name)
+        if not base.is_floating_point():
+            return base
+        # In the order of their hashes, so that the sum's rounding does not depend on the order they were given in.
+        pairs = zip(self.experts, self.weights[name], strict=True)
+        ordered = sorted(pairs, key=lambda pair: (pair[0].sha256, pair[1]))
+        tensors = (_finite(expert, name) for expert, _ in ordered)
+        weights, keys = [weight for _, weight in ordered], [expert.sha256 for expert, _ in ordered]
+        dtype = self._dtype(base.dtype)
+        wide = base.to(torch.promote_types(base.dtype, dtype))
+        merged = merge_tensor(name, wide, tensors, weights, self.settings, keys).to(dtype)
+        if not _is_finite(merged):
+            raise ValueError(f"the merged {name} leaves the range of {dtype}; take smaller weights or another dtype")
+        return merged
+
+    def write(self, folder: Path, names: Mapping[Path, str]) -> None:
+        """Write the result's files, with a bar over the bytes read.
+
+        Args:
+            folder: where to.
+            names: of the result's files, by the base's.
+        """
+        layout, record = self.layout(), json.dumps(self.record(), ensure_ascii=False)
+        inputs = [self.base.weights, *(expert.weights for expert in self.experts)]
+        with tqdm(total=sum(i.num_bytes for i in inputs), desc="merging", unit="B", unit_scale=True) as bar:
+
+            def get(name: str) -> Tensor:
+                merged = self.merged(name)
+                bar.update(sum(i.tensors[name].num_bytes for i in inputs))
+                return merged
+
+            for file, own in self.base.weights.metadata_by_file.items():
+                part = {name: info for name, info in layout.items() if info.file == file}
+                metadata = {"format": "pt", **own, BASE_KEY: self.base.sha256, MERGE_KEY: record}
+                write_streamed(folder / names[file], part, get, metadata)
+
+    def record(self) -> dict[str, Any]:
+        """How the result was made."""
+        weights = self.settings.weights
+        return {
+            "format": "timestep-experts/merge",
+            "format_version": 1,
+            "base": self.base.described(),
+            "experts": [
+                {**expert.described(), "weight": weight} for expert, weight in zip(self.experts, weights, strict=True)
+            ],
+            "settings": {
+                **asdict(self.settings),
+                "component": self.component,
+                "dtype": None if self.dtype is None else str(self.dtype),
+            },
+            "versions": {"timestep_experts": __version__, "torch": str(torch.__version__)},
+        }
+
+    def _dtype(self, stored: torch.dtype) -> torch.dtype:
+        return self.dtype if self.dtype is not None and stored.is_floating_point else stored
+
+
+def _write_file(work: _Work, output: Path, record_path: Path) -> tuple[str, ...]:
+    try:
+        with atomic_path(output) as draft:
+            work.write(draft.parent, {work.base.weights.files[0]: draft.name})
+            write_json(record_path, work.record())
+    except BaseException:
+        record_path.unlink(missing_ok=True)
+        raise
+    return ()
+
+
+def _write_folder(work: _Work, base: Path, output: Path) -> tuple[str, ...]:
+    weights = work.base.weights
+    with atomic_path(output) as draft:
+        left_out = copy_around(base, weights, draft)
+        home = draft / weights.files[0].parent.relative_to(base)
+        work.write(home, {file: file.name for file in weights.files})
+        if weights.index is not None:
+            write_index(weights.index, work.layout(), home / weights.index.name)
+        write_json(draft / _RECORD, work.record())
+    return left_out
+
+
+def _record_path(base: Path, output: Path) -> Path:
+    path = output.with_suffix(f".{_RECORD}") if base.is_file() else output / _RECORD
+    for made in (output, path):
+        if made.exists():
+            raise ValueError(f"{made} exists already; name an output to be made")
+    if base.is_file() and output.suffix != ".safetensors":
+        raise ValueError(f"the base is a file, so the output must end in .safetensors; got {output}")
+    if base.is_dir() and output.resolve().is_relative_to(base.resolve()):
+        raise ValueError(f"the output {output} must not be inside the base {base}")
+    return path
+
+
+def _dtype_of(name: str | None) -> torch.dtype | None:
+    if name is not None and name not in _DTYPES:
+        raise ValueError(f"unknown dtype {name!r}: allowed are {', '.join(_DTYPES)}")
+    return None if name is None else _DTYPES[name]
+
+
+def _check_fit(base: Checkpoint, expert: Checkpoint) -> None:
+    lacking, strange = base.tensors.keys() - expert.tensors.keys(), expert.tensors.keys() - base.tensors.keys()
+    if lacking or strange:
+        said = [f"lacks {_some(lacking)}"] * bool(lacking) + [f"has {_some(strange)}"] * bool(strange)
+        raise ValueError(f"{expert.path} has other tensors than the base {base.path}: it {' and '.join(said)}")
+    for name, info in base.tensors.items():
+        other = expert.tensors[name]
+        if other.shape != info.shape:
+            raise ValueError(f"{other.file}: {name} has shape {other.shape}; the base's is {info.shape}")
+        if other.dtype.is_floating_point != info.dtype.is_floating_point:
+            raise ValueError(f"{other.file}: {name} is {other.dtype}; the base's is {info.dtype}")
+
+
+def _some(names: Iterable[str]) -> str:
+    shown = sorted(names)
+    rest = len(shown) - _NUM_SHOWN
+    return ", ".join(shown[:_NUM_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _hashed(checkpoints: Sequence[Checkpoint]) -> list[_Input]:
+    files = [file for checkpoint in checkpoints for file in checkpoint.files]
+    total = sum(file.stat().st_size for file in files)
+    with tqdm(total=total, desc="hashing", unit="B", unit_scale=True, leave=False) as bar:
+        return [_Input(c, {file.name: file_sha256(file, bar.update) for file in c.files}) for c in checkpoints]
+
+
+def _check_descent(base: _Input, experts: Sequence[_Input]) -> None:
+    for expert in experts:
+        claimed = expert.weights.metadata.get(BASE_KEY)
+        if claimed is not None and claimed != base.sha256:
+            raise ValueError(
+                f"{expert.weights.path} was trained from another base: its metadata names {BASE_KEY} {claimed},"
+                f" but {base.weights.path} has {base.sha256}"
+            )
+
+
+def _finite(source: _Input, name: str) -> Tensor:
+    tensor = source.weights.get(name)
+    if tensor.is_floating_point() and not _is_finite(tensor):
+        count = int((~tensor.isfinite()).sum())
+        file = source.weights.tensors[name].file
+        raise ValueError(f"{file}: {name} is not finite: {count} of {tensor.numel()} numbers are NaN or infinite")
+    return tensor
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # One pass; NaN is passed on to both ends.
+    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
