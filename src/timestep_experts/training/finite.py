@@ -1,0 +1,82 @@
+"""Training stops where numbers are no longer finite, and says where that began."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from timestep_experts.intervals import Interval, Partition
+from timestep_experts.mixture import MixtureSpec
+
+_NEVER = torch.iinfo(torch.int64).max
+
+
+class FiniteWatch:
+    """Notes on the device since when a loss or a gradient is not finite; the host waits in `require` only.
+
+    Args:
+        stage: its name.
+        strata: of its losses.
+        learners: their names.
+        spec: of the mixture; says whose interval a stratum belongs to.
+        folder: of the stage's checkpoints.
+        device: of the losses.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        strata: Partition,
+        learners: Sequence[str],
+        spec: MixtureSpec,
+        folder: Path,
+        device: torch.device,
+    ) -> None:
+        self.stage, self.strata, self.learners, self.spec, self.folder = stage, strata, learners, spec, folder
+        self.losses = torch.full((len(strata),), _NEVER, device=device)
+        self.gradients = torch.full((len(learners),), _NEVER, device=device)
+
+    def note_losses(self, step: int, strata: Tensor, losses: Tensor) -> None:
+        """Losses ``(B,)`` of samples in strata ``(B,)`` at a step, from 0."""
+        steps = torch.where(losses.isfinite(), _NEVER, step)
+        self.losses.scatter_reduce_(0, strata, steps, "amin")
+
+    def note_gradients(self, step: int, norms: Sequence[Tensor]) -> None:
+        """One gradient norm per learner."""
+        steps = torch.where(torch.stack(list(norms)).to(self.gradients.device).isfinite(), _NEVER, step)
+        self.gradients = torch.minimum(self.gradients, steps)
+
+    def require(self) -> None:
+        """Look at what was noted.
+
+        Raises:
+            ValueError: something was not finite; names the stage, the step, the interval and the experts.
+        """
+        lines = [
+            f"the loss of {interval}, of {', '.join(self._experts_of(interval))}, since step {step + 1}"
+            for interval, step in zip(self.strata.intervals, self.losses.tolist(), strict=True)
+            if step != _NEVER
+        ]
+        lines += [
+            f"the gradient of {learner}, since step {step + 1}"
+            for learner, step in zip(self.learners, self.gradients.tolist(), strict=True)
+            if step != _NEVER
+        ]
+        if lines:
+            raise ValueError(
+                f"stage {self.stage!r} stopped, for these are not finite:\n  " + "\n  ".join(lines) + "\n"
+                f"Nothing was saved since; {self._newest_checkpoint()}. A lower learning rate, a smaller max_grad_norm,"
+                " a base in fp32 or bf16, or other training data may help"
+            )
+
+    def _experts_of(self, stratum: Interval) -> list[str]:
+        owners = {f"{s.name}.{s.partition.index_of(stratum.lo)}" for s in self.spec.scales}
+        named = [name for name in self.learners if ".".join(name.split(".")[:2]) in owners]
+        return named or list(self.learners)
+
+    def _newest_checkpoint(self) -> str:
+        found = sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        return f"the last checkpoint is {found[-1]}" if found else f"there is no checkpoint yet in {self.folder}"
