@@ -1,13 +1,18 @@
-"""Pretrain a tiny, complete Stable Diffusion pipeline from scratch on captioned pictures.
+"""Pretrain a tiny, complete pipeline of a real class from scratch, on captioned pictures or clips.
 
 The shipped base (64-pixel scenes, about 45 minutes on two cores):
 
     python scripts/pretrain_base.py --pictures scenes/flat --autoencoder-pictures scenes/flat scenes/neon \
         --work work/scenes --output src/timestep_experts/world/assets/base
 
-A folder with a ``metadata.jsonl`` (``file_name``, ``text``) works in place of ``scenes/<domain>``. The autoencoder
-sees broad data (an adapter cannot repair a decoder); the text encoder and the UNet see ``--pictures`` alone. The same
-command continues a killed run from the last checkpoint in ``--work``.
+The same world for a DiT (PixArt) or an MM-DiT (Stable Diffusion 3), on the shipped autoencoder:
+
+    python scripts/pretrain_base.py --architecture dit --pictures scenes/flat \
+        --autoencoder src/timestep_experts/world/assets/base/vae --work work/dit --output work/dit/base
+
+``--pictures`` also takes a folder with a ``metadata.jsonl`` (``file_name``, ``text``); ``--architecture video`` wants a
+folder of captioned clips. The autoencoder sees broad data (an adapter cannot repair a decoder); text encoders and
+denoiser see ``--pictures`` alone. The same command continues a killed run from the last checkpoint in ``--work``.
 """
 
 from __future__ import annotations
@@ -18,80 +23,94 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel, compute_snr
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from timestep_experts.data import ClipSettings, open_clips
+from timestep_experts.intervals import Interval, draw_timesteps
+from timestep_experts.models import FAMILIES, DiscreteNoise, Family
 from timestep_experts.world.render import DOMAINS, render
 from timestep_experts.world.scenes import draw_scenes
+from tiny_bases import ARCHITECTURES, LATENT_CHANNELS
 
 SNR_GAMMA = 5.0
 CAPTION_DROPOUT = 0.1
 
 
 def main() -> None:
-    """Autoencoder, then latents, then text encoder and UNet together; the folder is an ordinary diffusers pipeline."""
+    """Autoencoder, then latents, then text encoders and denoiser together; the folder is an ordinary pipeline."""
     options = _parse()
     options.work.mkdir(parents=True, exist_ok=True)
-    autoencoder = train_autoencoder(options)
-    pictures, captions = load_pictures(options.pictures, options.resolution, options.num_pictures, options.seed)
+    autoencoder = load_autoencoder(options) if options.autoencoder else train_autoencoder(options)
+    pictures, captions = load_pictures(options.pictures, options)
     if options.flip:
-        pictures, captions = np.concatenate([pictures, pictures[:, :, ::-1]]), captions * 2
-    latents = encode(autoencoder, pictures, options.work / "latents.safetensors")
-    tokenizer = train_tokenizer(captions, options.max_tokens)
-    token_ids = tokenizer(
-        [*captions, ""], padding="max_length", truncation=True, max_length=options.max_tokens, return_tensors="pt"
-    ).input_ids
-    model = make_model(options, len(tokenizer))
-    train_denoiser(model, latents, token_ids, options)
-    StableDiffusionPipeline(
-        vae=autoencoder,
-        text_encoder=model["text_encoder"],
-        tokenizer=tokenizer,
-        unet=model["unet"],
-        scheduler=make_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).to(torch.float16).save_pretrained(options.output)
+        pictures, captions = np.concatenate([pictures, pictures[..., ::-1, :]]), captions * 2
+    torch.manual_seed(options.seed)
+    pipeline = ARCHITECTURES[options.architecture](autoencoder, captions, options.max_tokens, options.dropout)
+    family = FAMILIES[type(pipeline).__name__](pipeline)
+    if options.max_sequence_length:
+        family.set_max_sequence_length(options.max_sequence_length)
+    latents = encode(family, pictures, options.work / "latents.safetensors")
+    train_denoiser(family, latents, captions, options)
+    pipeline.to(torch.float16).save_pretrained(options.output)
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="unet")
     parser.add_argument("--pictures", required=True, help="scenes/flat, scenes/neon or a folder")
-    parser.add_argument("--autoencoder-pictures", required=True, nargs="+", help="the same, several")
+    parser.add_argument("--autoencoder-pictures", nargs="+", help="the same, several; unless --autoencoder is given")
+    parser.add_argument("--autoencoder", type=Path, help="a trained one, instead of training one")
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and caches")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--autoencoder-widths", type=int, nargs="+", default=[32, 32, 64, 64])
     parser.add_argument("--max-tokens", type=int, default=16)
+    parser.add_argument("--max-sequence-length", type=int, help="of a T5, or of the zeros in its place")
+    parser.add_argument("--num-frames", type=int, default=8, help="of clips")
     parser.add_argument("--num-pictures", type=int, default=32000, help="rendered scenes per domain")
     parser.add_argument("--autoencoder-steps", type=int, default=2500)
     parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--checkpointing-steps", type=int, default=500)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=1e-2)
-    parser.add_argument("--dropout", type=float, default=0.0, help="in the UNet; for small picture sets")
+    parser.add_argument("--dropout", type=float, default=0.0, help="in the denoiser; for small picture sets")
     parser.add_argument("--flip", action="store_true", help="mirror half of the pictures; wrong where sides matter")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if (options.autoencoder is None) == (options.autoencoder_pictures is None):
+        parser.error("give either --autoencoder-pictures or --autoencoder")
+    return options
 
 
-def load_pictures(source: str, resolution: int, num_scenes: int, seed: int) -> tuple[np.ndarray, list[str]]:
-    """Pictures ``(N, resolution, resolution, 3)`` uint8 and their captions."""
-    name = source.removeprefix("scenes/")
+def load_pictures(
+    source: str, options: argparse.Namespace, num_scenes: int | None = None, seed_shift: int = 0
+) -> tuple[np.ndarray, list[str]]:
+    """Pictures ``(N, H, W, 3)`` or clips ``(N, F, H, W, 3)``, uint8, and their captions."""
+    name, side = source.removeprefix("scenes/"), options.resolution
     if name in DOMAINS:
-        scenes = draw_scenes(num_scenes, seed=seed, held_out=False)
-        return render(scenes, name, seed=seed, resolution=resolution), [scene.caption for scene in scenes]
+        seed = options.seed + seed_shift
+        scenes = draw_scenes(num_scenes or options.num_pictures, seed=seed, held_out=False)
+        return render(scenes, name, seed=seed, resolution=side), [scene.caption for scene in scenes]
+    if options.architecture == "video":
+        settings, examples = ClipSettings(options.num_frames, side, side), open_clips(source).examples
+        clips = [((settings.decode(example) + 1) * 127.5).round().byte().permute(1, 2, 3, 0) for example in examples]
+        return torch.stack(clips).numpy(), [example.caption for example in examples]
     rows = [json.loads(line) for line in (Path(source) / "metadata.jsonl").read_text().splitlines()]
     opened = (Image.open(Path(source) / row["file_name"]).convert("RGB") for row in rows)
-    resized = [np.asarray(picture.resize((resolution, resolution), Image.Resampling.LANCZOS)) for picture in opened]
+    resized = [np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS)) for picture in opened]
     return np.stack(resized), [row["text"] for row in rows]
+
+
+def load_autoencoder(options: argparse.Namespace) -> AutoencoderKL:
+    """A trained one, in fp32."""
+    return AutoencoderKL.from_pretrained(options.autoencoder, torch_dtype=torch.float32)
 
 
 def train_autoencoder(options: argparse.Namespace) -> AutoencoderKL:
@@ -100,17 +119,15 @@ def train_autoencoder(options: argparse.Namespace) -> AutoencoderKL:
     if folder.exists():
         return AutoencoderKL.from_pretrained(folder)
     per_source = options.num_pictures // 4
-    loaded = [
-        load_pictures(s, options.resolution, per_source, options.seed + 1)[0] for s in options.autoencoder_pictures
-    ]
-    pictures = torch.from_numpy(np.concatenate(loaded))
+    loaded = [load_pictures(s, options, per_source, seed_shift=1)[0] for s in options.autoencoder_pictures]
+    pictures = torch.from_numpy(np.concatenate([p.reshape(-1, *p.shape[-3:]) for p in loaded]))  # or clips' frames
     torch.manual_seed(options.seed)
     levels = len(options.autoencoder_widths)
     autoencoder = AutoencoderKL(
         block_out_channels=tuple(options.autoencoder_widths),
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
-        latent_channels=8,
+        latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
         sample_size=options.resolution,
     )
@@ -138,88 +155,38 @@ def train_autoencoder(options: argparse.Namespace) -> AutoencoderKL:
 
 
 def to_signal(pictures: Tensor) -> Tensor:
-    """``(B, H, W, 3)`` uint8 to ``(B, 3, H, W)`` in [-1, 1]."""
-    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+    """``(B, ..., H, W, 3)`` uint8 to ``(B, 3, ..., H, W)`` in [-1, 1]."""
+    return pictures.movedim(-1, 1).float() / 127.5 - 1
 
 
-@torch.no_grad()
-def encode(autoencoder: AutoencoderKL, pictures: np.ndarray, cache: Path) -> Tensor:
-    """Scaled posterior means of all pictures, kept on disk."""
+def encode(family: Family, pictures: np.ndarray, cache: Path) -> Tensor:
+    """Scaled posterior means of all pictures or clips, kept on disk."""
     if not cache.exists():
-        batches = torch.from_numpy(pictures).split(64)
-        encoded = [autoencoder.encode(to_signal(batch)).latent_dist.mean for batch in tqdm(batches, desc="latents")]
-        save_file({"latents": (torch.cat(encoded) * autoencoder.config.scaling_factor).contiguous()}, cache)
+        batches = torch.from_numpy(np.ascontiguousarray(pictures)).split(64)
+        encoded = [family.encode_media(to_signal(batch)) for batch in tqdm(batches, desc="latents")]
+        save_file({"latents": torch.cat(encoded).contiguous()}, cache)
     return load_file(cache)["latents"]
 
 
-def train_tokenizer(captions: list[str], max_tokens: int) -> CLIPTokenizer:
-    """CLIP's byte-pair tokenizer with a vocabulary learned from the captions."""
-    blank = CLIPTokenizer(vocab={"<|startoftext|>": 0, "<|endoftext|>": 1}, merges=[])
-    tokenizer = blank.train_new_from_iterator(captions, 2000, show_progress=False)
-    tokenizer.model_max_length = max_tokens
-    return tokenizer
-
-
-def make_model(options: argparse.Namespace, vocab_size: int) -> nn.ModuleDict:
-    """A 4 M-parameter UNet on 8 x 8 x 8 latents and a 3-layer CLIP text encoder."""
-    torch.manual_seed(options.seed)
-    text_config = CLIPTextConfig(
-        vocab_size=vocab_size,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=options.max_tokens,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=options.resolution // 2 ** (len(options.autoencoder_widths) - 1),
-        in_channels=8,
-        out_channels=8,
-        block_out_channels=(64, 128),
-        layers_per_block=1,
-        cross_attention_dim=128,
-        attention_head_dim=4,
-        norm_num_groups=16,
-        dropout=options.dropout,
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-    )
-    return nn.ModuleDict({"text_encoder": CLIPTextModel(text_config), "unet": unet})
-
-
-def make_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        timestep_spacing="trailing",
-        steps_offset=1,
-    )
-
-
-def train_denoiser(model: nn.ModuleDict, latents: Tensor, token_ids: Tensor, options: argparse.Namespace) -> None:
-    """Noise prediction with the Min-SNR weighting (gamma 5); ends with the averaged weights in ``model``.
+def train_denoiser(family: Family, latents: Tensor, captions: list[str], options: argparse.Namespace) -> None:
+    """The family's own loss; ends with the averaged weights in its denoiser and text encoders.
 
     Step s draws from a generator seeded by (seed, s), so a resumed run ends with the same bytes.
     """
-    parameters = list(model.parameters())
+    model = nn.ModuleDict({**family.text_encoders, **family.denoisers}).requires_grad_().train()
+    tokens = family.tokenize([*captions, ""])
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=options.weight_decay)
     average = EMAModel(parameters, decay=0.999, use_ema_warmup=True, power=0.75)
     checkpoint = options.work / "denoiser.safetensors"
-    start = restore(checkpoint, model, optimiser, average) if checkpoint.exists() else 0
+    start = restore(checkpoint, parameters, optimiser, average) if checkpoint.exists() else 0
     schedule = get_cosine_schedule_with_warmup(optimiser, 200, options.steps, last_epoch=start - 1)
     bar = tqdm(range(start, options.steps), desc="denoiser", initial=start, total=options.steps)
     running = None
     for step in bar:
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
         torch.manual_seed(options.seed * 1_000_003 + step)  # dropout
-        loss = denoising_loss(model, latents, token_ids, generator)
+        loss = denoising_loss(family, latents, tokens, options.batch_size, generator)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
@@ -229,31 +196,50 @@ def train_denoiser(model: nn.ModuleDict, latents: Tensor, token_ids: Tensor, opt
         running = loss.item() if running is None else 0.99 * running + 0.01 * loss.item()
         bar.set_postfix(loss=f"{running:.4f}")
         if (step + 1) % options.checkpointing_steps == 0:
-            save(checkpoint, model, optimiser, average, step + 1)
+            save(checkpoint, parameters, optimiser, average, step + 1)
             print(json.dumps({"step": step + 1, "loss": running}), flush=True)
     average.copy_to(parameters)
 
 
-def denoising_loss(model: nn.ModuleDict, latents: Tensor, token_ids: Tensor, generator: torch.Generator) -> Tensor:
-    """One batch of 64: uniform t, caption dropout, Min-SNR weighted squared error."""
-    scheduler = make_scheduler()
-    rows = torch.randint(len(latents), (64,), generator=generator)
-    clean, ids = latents[rows], token_ids[rows]
-    dropped = torch.rand(64, generator=generator) < CAPTION_DROPOUT
-    ids = torch.where(dropped[:, None], token_ids[-1], ids)
+def denoising_loss(
+    family: Family, latents: Tensor, tokens: dict[str, Tensor], batch_size: int, generator: torch.Generator
+) -> Tensor:
+    """One batch with caption dropout: the squared error, by Min-SNR weights where the family predicts noise."""
+    rows = torch.randint(len(latents), (batch_size,), generator=generator)
+    clean = latents[rows]
+    dropped = torch.rand(batch_size, generator=generator) < CAPTION_DROPOUT
     noise = torch.randn(clean.shape, generator=generator)
-    t = torch.randint(1000, (64,), generator=generator)
-    text = model["text_encoder"](ids).last_hidden_state
-    predicted = model["unet"](scheduler.add_noise(clean, noise, t), t, text).sample
-    snr = compute_snr(scheduler, t)
-    weight = snr.clamp(max=SNR_GAMMA) / snr
-    return (weight * (predicted - noise).square().mean((1, 2, 3))).mean()
+    t = draw_t(family, batch_size, generator)
+    captions = torch.where(dropped, -1, rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        text = family.encode_text({name: ids[captions] for name, ids in tokens.items()})
+        predicted = family.predict(family.noise.add_noise(clean, noise, t), t, text).float()
+    error = (predicted - family.noise.target(clean, noise, t)).square().flatten(1).mean(1)
+    return (weights(family, t) * error).mean()
 
 
-def save(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, average: EMAModel, step: int) -> None:
+def draw_t(family: Family, count: int, generator: torch.Generator) -> Tensor:
+    """Timesteps as the base's own training draws them."""
+    total = family.noise.num_train_timesteps
+    if family.noise.has_integer_timesteps:
+        return torch.randint(total, (count,), generator=generator)
+    return draw_timesteps(Interval(0, total), family.noise.density, count, generator, integer=False)
+
+
+def weights(family: Family, t: Tensor) -> Tensor:
+    """Min-SNR (gamma 5) for noise, 1 for flow."""
+    if not isinstance(family.noise, DiscreteNoise):
+        return torch.ones(len(t))
+    snr = compute_snr(family.noise.scheduler, t)
+    return snr.clamp(max=SNR_GAMMA) / snr
+
+
+def save(
+    path: Path, parameters: list[nn.Parameter], optimiser: torch.optim.Optimizer, average: EMAModel, step: int
+) -> None:
     """Weights, averages and moments in one file, written whole or not at all."""
     tensors = {"step": torch.tensor(step), "average_step": torch.tensor(average.optimization_step)}
-    for index, parameter in enumerate(model.parameters()):
+    for index, parameter in enumerate(parameters):
         tensors[f"{index}.weight"] = parameter.detach()
         tensors[f"{index}.average"] = average.shadow_params[index]
         for name in ("exp_avg", "exp_avg_sq", "step"):
@@ -263,11 +249,11 @@ def save(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, average
     draft.replace(path)
 
 
-def restore(path: Path, model: nn.Module, optimiser: torch.optim.Optimizer, average: EMAModel) -> int:
+def restore(path: Path, parameters: list[nn.Parameter], optimiser: torch.optim.Optimizer, average: EMAModel) -> int:
     """Undo `save`; returns the step."""
     tensors = load_file(path)
     average.optimization_step = int(tensors["average_step"])
-    for index, parameter in enumerate(model.parameters()):
+    for index, parameter in enumerate(parameters):
         parameter.data.copy_(tensors[f"{index}.weight"])
         average.shadow_params[index].copy_(tensors[f"{index}.average"])
         optimiser.state[parameter] = {name: tensors[f"{index}.{name}"] for name in ("exp_avg", "exp_avg_sq", "step")}
