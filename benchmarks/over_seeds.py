@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, required=True, help="JSON with every number")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     per_seed = {seed: run_seed(options.recipe, options.overrides, seed) for seed in options.seeds}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(per_seed, indent=2) + "\n")

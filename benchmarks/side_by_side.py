@@ -2,6 +2,8 @@
 
 Run: python benchmarks/side_by_side.py runs/quickstart --rows base-off lora-r32-x8-switch main-route \
          --output docs/images/quickstart.png
+
+Of clips, each prompt fills several columns: evenly spaced frames (``--frames``).
 """
 
 from __future__ import annotations
@@ -11,10 +13,13 @@ import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from PIL import Image
+import numpy as np
+from numpy.typing import NDArray
 
-from timestep_experts.build import build_picture_sets, build_prompts
+from timestep_experts.build import build_media_settings, build_picture_sets, build_prompts
 from timestep_experts.config import load_recipe
+from timestep_experts.data import ClipSettings, MediaSettings
+from timestep_experts.jobs.media import load_media
 
 
 def main() -> None:
@@ -23,30 +28,51 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="output_dir of a finished run")
     parser.add_argument("--rows", nargs="+", required=True, help="<arm>-<mode>, folders of RUN/evaluation")
     parser.add_argument("--pictures", type=int, nargs="+", default=list(range(8)), help="which prompts, by number")
+    parser.add_argument("--frames", type=int, default=4, help="of each clip")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     recipe = load_recipe(options.run / "recipe.yaml", [])
-    prompts = build_prompts(recipe, build_picture_sets(recipe)[1])
+    is_video = recipe.data.clips is not None
+    media = build_media_settings(recipe, 16 if is_video else None, flip=False)
+    prompts = build_prompts(recipe, build_picture_sets(recipe, is_video=is_video)[1])
+    width = options.frames if is_video else 1
+    shown = [load_row(options.run / "evaluation" / name, options.pictures, media, width) for name in options.rows]
     figure, axes = plt.subplots(
         len(options.rows),
-        len(options.pictures),
-        figsize=(1.25 * len(options.pictures) + 1, 1.3 * len(options.rows) + 0.5),
+        shown[0].shape[0],
+        figsize=(1.25 * shown[0].shape[0] + 1, 1.3 * len(options.rows) + 0.5),
         squeeze=False,
         layout="constrained",
     )
-    for row, name in zip(axes, options.rows, strict=True):
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.4 / figure.get_figheight()))  # room for the prompts
+    for row, name, pictures in zip(axes, options.rows, shown, strict=True):
         label = "base" if name == "base-off" else ", ".join(name.rsplit("-", 1))
         row[0].set_ylabel(label, rotation=0, ha="right", va="center")
-        for axis, index in zip(row, options.pictures, strict=True):
-            axis.imshow(
-                Image.open(options.run / "evaluation" / name / "pictures" / f"{index:04d}.png"), interpolation="lanczos"
-            )
+        for axis, picture in zip(row, pictures, strict=True):
+            axis.imshow(picture, interpolation="lanczos")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
-    for axis, index in zip(axes[0], options.pictures, strict=True):
-        axis.set_title(textwrap.fill(prompts[index], 16), fontsize=7, color="#2d343c")
+    for axis, index in zip(axes[0][::width], options.pictures, strict=True):
+        title = axis.annotate(
+            textwrap.fill(prompts[index], 20 * width - 4),
+            (0, 1.03),
+            xycoords="axes fraction",
+            fontsize=7,
+            color="#2d343c",
+            annotation_clip=False,
+        )
+        title.set_in_layout(False)  # it may reach over the frames beside it
     options.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.output, dpi=110)
+
+
+def load_row(folder: Path, indices: list[int], media: MediaSettings, num_frames: int) -> NDArray[np.uint8]:
+    """The pictures of some prompts, or so many frames of each of their clips: ``(N, H, W, 3)``."""
+    drawn = load_media(folder / "pictures", max(indices) + 1, media)[indices]
+    if not isinstance(media, ClipSettings):
+        return drawn
+    frames = np.linspace(0, drawn.shape[1] - 1, num_frames).round().astype(int)
+    return drawn[:, frames].reshape(-1, *drawn.shape[2:])
 
 
 if __name__ == "__main__":

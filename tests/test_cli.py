@@ -79,7 +79,9 @@ def row(outcome: Outcome, *starts: str) -> list[str]:
 # Parsing and failing
 
 
-@pytest.mark.parametrize("command", [None, "run", "foster", "assemble", "evaluate", "sample", "show", "explain"])
+@pytest.mark.parametrize(
+    "command", [None, "run", "foster", "assemble", "evaluate", "sample", "merge", "show", "explain"]
+)
 def test_every_command_has_help(command: str | None) -> None:
     outcome = call(*([command] if command else []), "--help")
     assert outcome.code == 0
@@ -211,7 +213,7 @@ def write_pictures(folder: Path) -> Path:
     return folder
 
 
-def write_recipe(home: Path, base: Path, data: Path, **changes: Any) -> Path:
+def write_recipe(home: Path, base: Path, data: Path, /, **changes: Any) -> Path:
     """The recipe of a run of seconds, in ``home``; its output is ``home / "out"``."""
     document: dict[str, Any] = {
         "pretrained_model_name_or_path": str(base),
@@ -390,7 +392,7 @@ def test_pictures_are_drawn_with_a_bundle(finished: Run, tmp_path: Path) -> None
         options = ["--prompt", "a thing", "--prompt", "two things", "--output", folder, "--steps", 2, "--seed", 7]
         outcome = call("sample", bundle, *options, *(["--mode", mode] if mode else []))
         assert outcome.code == 0, outcome.err
-        assert f"2 pictures and sheet.png in {folder}" in outcome.out
+        assert f"2 pictures and sheet.png in {folder}; 2 denoiser calls" in outcome.out
         assert sorted(path.name for path in folder.iterdir()) == ["000007.png", "000008.png", "sheet.png"]
         drawn[mode] = [np.asarray(Image.open(folder / f"00000{seed}.png")) for seed in (7, 8)]
         assert {picture.shape for picture in drawn[mode]} == {(16, 16, 3)}
@@ -412,6 +414,20 @@ def test_pictures_that_cannot_be_drawn(options: list[str], message: str, finishe
     output = tmp_path / "pictures"
     assert message in refused("sample", bundle, "--prompt", "a thing", "--output", output, *options)
     assert not output.exists()
+
+
+def test_text_experts_are_previewed_and_drawn_with_their_cost(base: Path, finished: Run, tmp_path: Path) -> None:
+    experts = {"target_modules": TARGETS, "text_target_modules": ["q_proj"], "scales": [{"intervals": 4, "rank": 2}]}
+    training = {"preview_pictures": 2, "checkpointing_steps": None}
+    recipe = write_recipe(tmp_path, base, finished.data, experts=experts, training=training, assemble=None, arms={})
+    outcome = call("run", recipe)
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "out" / "arms" / "main" / "foster-joint" / "previews" / "step-000002.png").is_file()
+    options = ["--output", tmp_path / "pictures", "--steps", 8, "--guidance", 3]
+    drawn = call("sample", tmp_path / "out" / "arms" / "main" / "bundle", "--prompt", "a", "--prompt", "b", *options)
+    assert "; 5 text passes (2.5 per picture), 8 denoiser calls" in drawn.out, drawn.err
+    silent = call("sample", tmp_path / "out" / "arms" / "main" / "bundle", "--prompt", "a", "--mode", "off", *options)
+    assert "; 1 text passes (1.0 per picture), 8 denoiser calls" in silent.out, silent.err
 
 
 @pytest.mark.parametrize("command", [["show"], ["sample", "--prompt", "x"]])
@@ -532,6 +548,12 @@ def test_a_dry_run_prints_what_training_would_train(base: Path, tmp_path: Path) 
     assert stages[0] == ["main", "foster-joint", "5", f"{experts:,}", "2", "4 to 16", "16"]
     assert stages[1][3:5] == [f"{routers:,}", "2"]
     assert row(outcome, "lora")[2:7] == ["1", f"{attached_parameters(1)[0]:,}", "2", "4", "4"]
+    assert "estimated memory of training on" in outcome.out
+    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    sizes = [cell.split(" ") for cell in row(outcome, "lora")[7:]]
+    base, experts, activations, peak = (float(number) * units[unit] for number, unit in sizes)
+    assert min(base, experts, activations) > 0
+    assert abs(base + experts + activations - peak) < 0.1 * peak  # each is rounded to a tenth of its unit
     assert not (tmp_path / "out").exists()
 
 

@@ -9,8 +9,14 @@ from typing import Any
 import pytest
 import yaml
 
-from timestep_experts.build import build_assemble_settings, build_foster_settings, build_sample_settings, build_spec
-from timestep_experts.config import MAIN_ARM, Recipe, load_recipe
+from timestep_experts.build import (
+    build_assemble_settings,
+    build_foster_settings,
+    build_media_settings,
+    build_sample_settings,
+    build_spec,
+)
+from timestep_experts.config import MAIN_ARM, Recipe, load_recipe, parse_recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 SMALL: dict[str, Any] = {
@@ -41,7 +47,7 @@ def with_scales(*scales: dict[str, Any]) -> dict[str, Any]:
 
 def test_defaults_are_those_of_the_docs(tmp_path: Path) -> None:
     recipe = load(tmp_path)
-    assert (recipe.resolution, recipe.seed, recipe.device, recipe.modes) == (512, 0, "auto", ("switch", "route"))
+    assert (recipe.resolution, recipe.seed, recipe.device, recipe.modes) == ((512, 512), 0, "auto", ("switch", "route"))
     assert recipe.experts.target_modules == ("to_q", "to_k", "to_v", "to_out.0")
     assert recipe.foster.method == "joint"
     assert recipe.assemble is not None
@@ -84,6 +90,19 @@ def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
     assert lines[1].endswith("(got 'one')")
 
 
+@pytest.mark.parametrize(("given", "meant"), [(16, (16, 16)), ([16, 24], (16, 24))])
+def test_a_resolution_is_a_side_or_height_and_width(given: object, meant: tuple[int, int], tmp_path: Path) -> None:
+    recipe = load(tmp_path, {"resolution": given})
+    assert recipe.resolution == meant
+    assert parse_recipe(recipe.model_dump(mode="json"), "recipe") == recipe
+
+
+@pytest.mark.parametrize("given", [0, -8, 1.5, "big", [16], [16, 0], [16, 24, 32], True, None])
+def test_no_other_resolution_is_taken(given: object, tmp_path: Path) -> None:
+    (line,) = problems(tmp_path, {"resolution": given})
+    assert line == f"recipe.resolution: a side in pixels or [height, width] is needed (got {given!r})"
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_parses_with_all_its_arms(path: Path) -> None:
     recipe = load_recipe(path)
@@ -96,7 +115,7 @@ def test_every_shipped_recipe_parses_with_all_its_arms(path: Path) -> None:
         assert own.arms == {}
         spec = build_spec(own.experts, 1000)
         build_foster_settings(own, ())
-        build_sample_settings(own)
+        build_sample_settings(own, build_media_settings(own, 16 if own.data.clips else None, flip=False))
         if own.assemble is not None:
             build_assemble_settings(own)
         assert len([scale for scale in spec.scales if not scale.gated]) == 1

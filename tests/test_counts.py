@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet3DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from conftest import scales
 from timestep_experts.mixture import Mixture, MixtureSpec, match_targets
@@ -131,3 +131,65 @@ def test_experts_of_the_other_models(make, targets, rank, modules, parameters):
     mixture = attach(model, targets, 1, rank=rank)
     assert len(mixture.layers) == modules
     assert mixture.count_parameters().stored == parameters
+
+
+def clip_large():
+    """The text encoder of Stable Diffusion 1.x."""
+    return CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12))
+
+
+def clip_large_projected():
+    """The first text encoder of Stable Diffusion 3 and XL."""
+    config = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768
+    )
+    return CLIPTextModelWithProjection(config)
+
+
+def clip_giant():
+    """OpenCLIP bigG: the second text encoder of Stable Diffusion 3 and XL."""
+    config = CLIPTextConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=20,
+        projection_dim=1280,
+        hidden_act="gelu",
+    )
+    return CLIPTextModelWithProjection(config)
+
+
+def t5_xxl():
+    """The encoder of T5 v1.1 XXL: of PixArt, Stable Diffusion 3 and FLUX.1."""
+    return T5EncoderModel(
+        T5Config(
+            d_model=4096,
+            d_kv=64,
+            num_heads=64,
+            d_ff=10240,
+            num_layers=24,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "base", "targets", "layers", "width", "modules", "parameters"),
+    [
+        (clip_large, 123_060_480, ["q_proj", "v_proj"], 12, 768, 24, 147_456),
+        (clip_large_projected, 123_650_304, ["q_proj", "k_proj", "v_proj", "out_proj"], 12, 768, 48, 294_912),
+        (clip_giant, 694_659_840, ["q_proj", "k_proj", "v_proj", "out_proj"], 32, 1280, 128, 1_310_720),
+        (t5_xxl, 4_762_310_656, ["q", "v"], 24, 4096, 48, 1_572_864),
+    ],
+    ids=["CLIP-L of SD 1.5", "CLIP-L of SD3", "CLIP-G of SD3", "T5-XXL of PixArt"],
+)
+def test_experts_of_rank_4_on_text_encoders(make, base, targets, layers, width, modules, parameters):
+    with torch.device("meta"):
+        encoder = make()
+    assert sum(p.numel() for p in encoder.parameters()) == base
+    mixture = attach(encoder, targets, 1, rank=4)
+    sizes = {(layer.base_layer.in_features, layer.base_layer.out_features) for layer in mixture.layers.values()}
+    assert sizes == {(width, width)}  # T5-XXL: 64 heads of 64
+    assert len(mixture.layers) == modules == layers * len(targets)
+    assert mixture.count_parameters().stored == parameters == layers * len(targets) * 4 * (width + width)

@@ -31,7 +31,7 @@ from timestep_experts.data.cache import to_pixels
 from timestep_experts.models import StableDiffusion
 from timestep_experts.world.scenes import parse_caption
 
-SMALL = PictureSettings(16)
+SMALL = PictureSettings(16, 16)
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (20, 16)) -> Image.Image:
@@ -248,7 +248,7 @@ def test_the_orientation_that_cameras_write_is_obeyed() -> None:
 @pytest.mark.parametrize("size", [(40, 16), (16, 40), (16, 16), (5, 3)])
 def test_pixels_are_the_centre_square(size: tuple[int, int]) -> None:
     image = picture(size=size)
-    pixels = to_pixels(image, 16)
+    pixels = to_pixels(image, 16, 16)
     assert pixels.shape == (3, 16, 16)
     assert pixels.dtype == torch.float32
     assert -1 <= pixels.min() < pixels.max() <= 1
@@ -256,6 +256,12 @@ def test_pixels_are_the_centre_square(size: tuple[int, int]) -> None:
         left, top = (size[0] - 16) // 2, (size[1] - 16) // 2
         cut = np.asarray(image)[top : top + 16, left : left + 16]
         assert max_error(pixels, torch.tensor(cut).permute(2, 0, 1) / 127.5 - 1) == 0
+
+
+def test_pixels_need_not_be_square() -> None:
+    image = picture(size=(40, 16))
+    cut = np.asarray(image)[:, 8:32]
+    assert max_error(to_pixels(image, 16, 24), torch.tensor(cut).permute(2, 0, 1) / 127.5 - 1) == 0
 
 
 # Faults
@@ -501,7 +507,7 @@ def test_rows_belong_to_their_pictures_and_captions(folder: Path, counting: Coun
 def test_latents_are_the_scaled_means_of_the_posterior(folder: Path, family: StableDiffusion) -> None:
     kept = encode(folder, family)
     vae = family.parts.vae
-    pixels = torch.stack([to_pixels(example.open(), 16) for example in find(folder).examples])
+    pixels = torch.stack([to_pixels(example.open(), 16, 16) for example in find(folder).examples])
     with torch.no_grad():
         means = vae.encode(pixels).latent_dist.mean
     assert kept.latents.dtype == torch.float32
@@ -529,11 +535,11 @@ def test_caption_dropout_takes_the_empty_captions_row(family: StableDiffusion) -
 
 
 def test_mirrored_copies_follow_the_originals(folder: Path, family: StableDiffusion) -> None:
-    plain, flipped = encode(folder, family), encode(folder, family, PictureSettings(16, flip=True))
+    plain, flipped = encode(folder, family), encode(folder, family, PictureSettings(16, 16, flip=True))
     assert len(flipped) == 8
     assert max_error(flipped.latents[:4], plain.latents) <= 1e-6  # another batch size
     assert torch.equal(flipped.caption_rows, plain.caption_rows.repeat(2))
-    mirrored = torch.stack([to_pixels(example.open(), 16).flip(-1) for example in find(folder).examples])
+    mirrored = torch.stack([to_pixels(example.open(), 16, 16).flip(-1) for example in find(folder).examples])
     assert max_error(flipped.latents[4:], family.encode_media(mirrored)) <= 1e-6
     assert max_error(flipped.latents[4:], plain.latents) > 1e-2
 
@@ -584,7 +590,7 @@ def test_whatever_decides_the_encoding_rebuilds_it(what: str, folder: Path, coun
         with torch.no_grad():
             next(module.parameters()).add_(0.5)
     else:
-        settings = PictureSettings(24) if what == "resolution" else PictureSettings(16, flip=True)
+        settings = PictureSettings(24, 24) if what == "resolution" else PictureSettings(16, 16, flip=True)
     second = encode(folder, counting, settings)
     assert counting.seen["pictures"] == len(second)
     with pytest.raises(AssertionError):

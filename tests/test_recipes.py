@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import PIPELINES
+from tiny_video import tiny_video_crafter, tiny_wan
 
 from timestep_experts.config import load_recipe
 from timestep_experts.jobs import make_plan
+from timestep_experts.models.video_crafter import fold_fps
 
 FOLDER = Path(__file__).parents[1] / "recipes"
-BASES = {"sd15": "sd", "sdxl": "sdxl", "pixart_alpha": "pixart", "sd3_medium": "sd3", "flux1_dev": "flux"}
+
+
+def tiny_folded_video_crafter() -> Any:
+    """As the converter makes it: a plain UNet3DConditionModel."""
+    pipeline = tiny_video_crafter()
+    pipeline.unet = fold_fps(pipeline.unet, 28.0)
+    return pipeline
+
+
+BASES: dict[str, Callable[[], Any]] = {
+    "sd15": PIPELINES["sd"],
+    "sdxl": PIPELINES["sdxl"],
+    "pixart_alpha": PIPELINES["pixart"],
+    "sd3_medium": PIPELINES["sd3"],
+    "flux1_dev": PIPELINES["flux"],
+    "videocrafter2": tiny_folded_video_crafter,
+    "wan21": tiny_wan,
+    "wan22": partial(tiny_wan, 0.875),
+}
+WITHOUT_TEXT = ("flux1_dev", "wan21", "wan22")
+SCALES = {"videocrafter2": (8, 4), "wan22": (6, 2)}
+SAMPLES = {"videocrafter2": 5000 * 32, "wan21": 4000 * 8, "wan22": 4000 * 8}
 
 
 def test_every_recipe_is_tested() -> None:
     assert {path.stem for path in FOLDER.glob("papers/*.yaml")} == set(BASES)
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == {"quickstart", "emoji"}
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {"quickstart", "emoji", "lpc"}
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.yaml")), ids=lambda path: path.stem)
@@ -28,15 +54,18 @@ def test_a_recipe_says_how_to_run_it(path: Path) -> None:
 
 @pytest.mark.parametrize("name", BASES)
 def test_a_papers_recipe_fits_its_base(name: str, tmp_path: Path) -> None:
-    PIPELINES[BASES[name]]().save_pretrained(tmp_path)
-    plan = make_plan(load_recipe(FOLDER / "papers" / f"{name}.yaml", [f"pretrained_model_name_or_path={tmp_path}"]))
-    assert [stage.stage for stage in plan] == ["foster-n8", "foster-n1", "assemble"]
-    assert [stage.steps for stage in plan] == [4000] * 3
-    assert [stage.samples_per_expert for stage in plan] == [(256_000, 256_000)] * 3
-    has_text_experts = name != "flux1_dev"
-    assert plan[0].num_experts == 8 * (2 if name == "sd3_medium" else 1)  # text encoders at a rate of their own
-    assert plan[0].trainable == 8 * plan[1].trainable
-    assert (load_recipe(FOLDER / "papers" / f"{name}.yaml", []).experts.text_target_modules is None) != has_text_experts
+    BASES[name]().save_pretrained(tmp_path)
+    recipe = load_recipe(FOLDER / "papers" / f"{name}.yaml", [f"pretrained_model_name_or_path={tmp_path}"])
+    fine, coarse = SCALES.get(name, (8, 1))
+    samples = SAMPLES.get(name, 4000 * 64)
+    plan = make_plan(recipe)
+    assert [stage.stage for stage in plan] == [f"foster-n{fine}", f"foster-n{coarse}", "assemble"]
+    assert [stage.samples_per_expert for stage in plan] == [(samples, samples)] * 3
+    text_groups = 2 if name == "sd3_medium" else 1  # text encoders at a rate of their own
+    assert [stage.num_experts for stage in plan[:2]] == [fine * text_groups, coarse * text_groups]
+    if name != "wan22":  # where experts sit in one of two transformers
+        assert plan[0].trainable * coarse == plan[1].trainable * fine
+    assert (recipe.experts.text_target_modules is None) == (name in WITHOUT_TEXT)
 
 
 def test_the_shipped_base_can_be_planned(tmp_path: Path) -> None:

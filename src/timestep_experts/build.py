@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from timestep_experts.config import ExpertsConfig, OptimizerConfig, Recipe, ScaleConfig
+from timestep_experts.config import ClipsConfig, ExpertsConfig, OptimizerConfig, Recipe, ScaleConfig
 from timestep_experts.data import (
+    ClipSettings,
     EncodedPictures,
+    MediaSettings,
     PictureSet,
     PictureSettings,
     encode_dataset,
+    open_clips,
     open_dataset,
     split_by_caption,
 )
@@ -31,6 +35,8 @@ from timestep_experts.world.judge import ASSETS
 from timestep_experts.world.scenes import parse_caption
 
 BASE_ASSET = "world/base"
+BASE_DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What ``training.base_dtype`` means."""
 ROUTER_RATE_RATIO = 50
 Number = TypeVar("Number", int, float)
 
@@ -44,6 +50,7 @@ class Workshop:
         train: the training pictures.
         validation: pictures whose captions no training picture has.
         references: validation pictures as they are, for Frechet distances.
+        media: how pictures or clips are decoded, none mirrored.
         prompts: what pictures are drawn for.
         is_judged: whether the prompts are captions of the embedded world.
     """
@@ -52,6 +59,7 @@ class Workshop:
     train: EncodedPictures
     validation: EncodedPictures
     references: PictureSet
+    media: MediaSettings
     prompts: tuple[str, ...]
     is_judged: bool
 
@@ -77,21 +85,53 @@ def resolve_model(source: str) -> str:
     return str(ASSETS / "base") if source == BASE_ASSET else str(Path(source).expanduser())
 
 
+def build_base_dtype(recipe: Recipe) -> torch.dtype:
+    """The dtype of the frozen base."""
+    return BASE_DTYPES[recipe.training.base_dtype]
+
+
 def build_family(recipe: Recipe) -> Family:
-    """Load the base model."""
-    dtype = torch.bfloat16 if recipe.training.base_dtype == "bf16" else torch.float32
-    family = load_family(resolve_model(recipe.pretrained_model_name_or_path), build_device(recipe), dtype)
-    if recipe.training.gradient_checkpointing:
+    """Load the base model.
+
+    Raises:
+        ValueError: it cannot be loaded, or the recipe asks of it what it does not have.
+    """
+    training, source = recipe.training, resolve_model(recipe.pretrained_model_name_or_path)
+    family = load_family(source, build_device(recipe), build_base_dtype(recipe), training.base_quantization)
+    if recipe.max_sequence_length is not None:
+        family.set_max_sequence_length(recipe.max_sequence_length)
+    if training.gradient_checkpointing:
         family.checkpoint_gradients()
     return family
 
 
-def build_picture_sets(recipe: Recipe) -> tuple[PictureSet, PictureSet]:
-    """Training and validation pictures."""
+def build_media_settings(recipe: Recipe, default_num_frames: int | None, *, flip: bool) -> MediaSettings:
+    """How pictures, or the clips of a video base, are decoded.
+
+    Args:
+        recipe: says how.
+        default_num_frames: of the base (`Family.default_num_frames`); ``None`` for one that draws pictures.
+        flip: keep mirrored copies.
+
+    Raises:
+        ValueError: the recipe says how to read clips, but the base draws pictures.
+    """
+    height, width = recipe.resolution
+    if default_num_frames is not None:
+        clips = recipe.data.clips or ClipsConfig()
+        return ClipSettings(clips.num_frames or default_num_frames, height, width, clips.fps, clips.stride, flip)
+    if recipe.data.clips is not None:
+        raise ValueError(f"recipe.data.clips: {recipe.pretrained_model_name_or_path} draws pictures, not clips")
+    return PictureSettings(height, width, flip)
+
+
+def build_picture_sets(recipe: Recipe, *, is_video: bool = False) -> tuple[PictureSet, PictureSet]:
+    """Training and validation pictures, or clips."""
     data = recipe.data
-    found = open_dataset(data.path, max_samples=data.max_train_samples, seed=recipe.seed)
+    find = open_clips if is_video else partial(open_dataset, seed=recipe.seed)
+    found = find(data.path, max_samples=data.max_train_samples)
     if data.validation_path is not None:
-        return found, open_dataset(data.validation_path, max_samples=data.max_validation_samples, seed=recipe.seed)
+        return found, find(data.validation_path, max_samples=data.max_validation_samples)
     if data.path.startswith(WORLD_PREFIX):
         limit = data.max_validation_samples or 512
         return found, open_dataset(data.path, max_samples=limit, seed=recipe.seed + 1, held_out=True)
@@ -106,9 +146,10 @@ def build_workshop(recipe: Recipe) -> Workshop:
         ValueError: the base, the data or the prompts are not usable.
     """
     family = build_family(recipe)
-    train, validation = build_picture_sets(recipe)
+    media = build_media_settings(recipe, family.default_num_frames, flip=False)
+    train, validation = build_picture_sets(recipe, is_video=family.is_video)
     cache = recipe.output_dir / "cache"
-    settings = PictureSettings(recipe.resolution, recipe.data.flip)
+    settings = build_media_settings(recipe, family.default_num_frames, flip=recipe.data.flip)
     prompts = build_prompts(recipe, validation)
     is_judged = _is_judged(recipe, prompts)
     choose_scheduler(recipe.evaluation.scheduler, family.pipeline().scheduler)  # fails before hours of training
@@ -116,8 +157,9 @@ def build_workshop(recipe: Recipe) -> Workshop:
     return Workshop(
         family=family,
         train=encode_dataset(train, settings, family, cache, as_tokens=as_tokens),
-        validation=encode_dataset(validation, PictureSettings(recipe.resolution), family, cache, as_tokens=as_tokens),
+        validation=encode_dataset(validation, media, family, cache, as_tokens=as_tokens),
         references=validation,
+        media=media,
         prompts=prompts,
         is_judged=is_judged,
     )
@@ -206,7 +248,7 @@ def build_mixture(recipe: Recipe, family: Family) -> Mixture:
     if recipe.foster.method == "joint":
         spec = spec.with_resting_gates(1.0)
     networks, targets = build_targets(recipe.experts, family.denoisers, family.text_encoders)
-    return Mixture.attach(
+    mixture = Mixture.attach(
         networks,
         spec,
         targets,
@@ -214,12 +256,17 @@ def build_mixture(recipe: Recipe, family: Family) -> Mixture:
         timestep_scale=family.timestep_scale,
         seed=recipe.seed,
     )
+    if recipe.experts.text_dropout is not None:
+        for name in networks.keys() & family.text_encoders.keys():
+            mixture.set_dropout(recipe.experts.text_dropout, name)
+    return mixture
 
 
-def build_foster_settings(recipe: Recipe, text_encoders: Iterable[str]) -> FosterSettings:
+def build_foster_settings(recipe: Recipe, text_encoders: Collection[str]) -> FosterSettings:
     """Stage 1; numbers per expert are spelled out."""
     foster = recipe.foster
     factor = (foster.text_learning_rate or foster.learning_rate) / foster.learning_rate
+    decay = foster.text_weight_decay
     scales = recipe.experts.scales
     return FosterSettings(
         method=foster.method,
@@ -229,6 +276,7 @@ def build_foster_settings(recipe: Recipe, text_encoders: Iterable[str]) -> Foste
         caption_dropout=recipe.data.caption_dropout,
         seed=recipe.seed,
         rate_factors=dict.fromkeys(text_encoders, factor),
+        weight_decays={} if decay is None else dict.fromkeys(text_encoders, decay),
     )
 
 
@@ -290,8 +338,8 @@ def build_loss_settings(recipe: Recipe, partition: Partition) -> LossSettings:
     )
 
 
-def build_sample_settings(recipe: Recipe) -> SampleSettings:
-    """How pictures are drawn."""
+def build_sample_settings(recipe: Recipe, media: MediaSettings) -> SampleSettings:
+    """How pictures or clips are drawn."""
     evaluation = recipe.evaluation
     return SampleSettings(
         evaluation.scheduler,
@@ -300,4 +348,6 @@ def build_sample_settings(recipe: Recipe) -> SampleSettings:
         recipe.resolution,
         evaluation.batch_size,
         evaluation.seed,
+        media.num_frames if isinstance(media, ClipSettings) else None,
+        recipe.max_sequence_length,
     )

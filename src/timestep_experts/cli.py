@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import sys
@@ -18,6 +19,7 @@ from rich.table import Table
 from timestep_experts.intervals import Interval, Partition
 
 USER_ERROR = 2
+CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 
 app = typer.Typer(
     name="timestep-experts",
@@ -128,13 +130,69 @@ def sample(
         str | None, typer.Option(help="Any scheduler of diffusers; without it, the base's own.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Picture i starts from seed + i.")] = 0,
+    height: Annotated[int | None, typer.Option(min=1, help="In pixels; default: as trained.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="In pixels; default: as trained.")] = None,
+    num_frames: Annotated[int | None, typer.Option(min=1, help="Of clips; default: as trained.")] = None,
+    fps: Annotated[float | None, typer.Option(min=0.1, help="Of clips' files; default: as trained, or 8.")] = None,
 ) -> None:
-    """Draw pictures with a trained bundle."""
+    """Draw pictures, or clips with a video model, with a trained bundle."""
     _quiet_libraries()
-    from timestep_experts.jobs.draw import draw
+    from timestep_experts.jobs.draw import DrawSettings, draw
 
-    paths = draw(bundle, prompt, output, model, mode, steps, guidance, scheduler, seed)
-    console.print(f"{len(paths) - 1} pictures and {paths[-1].name} in {output}")
+    settings = DrawSettings(model, mode, scheduler, steps, guidance, seed, height, width, num_frames, fps)
+    paths, cost = draw(bundle, prompt, output, settings)
+    kind = "clips" if paths[0].suffix == ".mp4" else "pictures"
+    count = len(paths) - 1
+    console.print(f"{count} {kind} and {paths[-1].name} in {output}; {cost.per_picture(count)}")
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="VideoCrafter2's model.ckpt, or the same as .safetensors.")],
+    output: Annotated[Path, typer.Argument(help="The folder to make.")],
+    tokenizer: Annotated[str, typer.Option(help="A folder or hub id with CLIP's tokenizer.")] = CLIP_TOKENIZER,
+    fps: Annotated[float, typer.Option(min=1, help="Frames per second that the model is told.")] = 28.0,
+) -> None:
+    """Turn VideoCrafter2's public checkpoint into a diffusers folder, as recipes/papers/videocrafter2.yaml wants it."""
+    _quiet_libraries()
+    from timestep_experts.jobs.convert import convert as convert_job
+
+    convert_job(checkpoint, output, tokenizer, fps)
+    console.print(f"made {_escaped(output)}", soft_wrap=True)
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(help="A .safetensors file, a folder with weights, or a pipeline's folder.")],
+    output: Annotated[Path, typer.Argument(help="The file or folder to make, laid out as the base.")],
+    expert: Annotated[list[Path], typer.Option(help="A fine-tuned copy of the base; give one per expert.")],
+    weights: Annotated[str, typer.Option(help="One number per expert, e.g. 0.25,0.25; may leave [0, 1].")],
+    method: Annotated[str, typer.Option(help="linear, ties or dare.")] = "linear",
+    density: Annotated[float, typer.Option(help="Share of each task vector that ties and dare keep.")] = 1.0,
+    block_weights: Annotated[
+        Path | None, typer.Option(help="YAML: regular expression of tensor names: [weight of each expert].")
+    ] = None,
+    component: Annotated[
+        str | None, typer.Option(help="Of pipelines, the part to merge; default: the denoiser.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of dare.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; default: the base's.")] = None,
+) -> None:
+    """Merge fine-tuned copies of a base model into one ordinary model."""
+    _quiet_libraries()
+    from timestep_experts.jobs.merge import make_settings
+    from timestep_experts.jobs.merge import merge as merge_job
+
+    settings = make_settings(_numbers(weights, "--weights"), method, density, block_weights, seed)
+    merged = merge_job(base, output, expert, settings, component, dtype)
+    kept = f", {merged.num_kept} of them integers as in the base" if merged.num_kept else ""
+    console.print(
+        f"merged {len(expert)} experts into {_escaped(output)}: {merged.num_tensors} tensors{kept};"
+        f" how is in {_escaped(merged.record)}",
+        soft_wrap=True,
+    )
+    for name in merged.left_out:
+        console.print(f"  not copied, for it holds weights that were not merged: {_escaped(name)}", soft_wrap=True)
 
 
 @app.command()
@@ -195,6 +253,8 @@ def _numbers(text: str, option: str, count: int | None = None) -> tuple[float, .
 def _quiet_libraries() -> None:
     """Leave the terminal to our own messages and bars."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # diffusers imports them where they are installed
+        logging.getLogger(name).setLevel(logging.ERROR)
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -217,7 +277,7 @@ def _workshop(recipe: Any) -> Any:
     workshop = build_workshop(recipe)
     skipped = workshop.train.skipped + workshop.validation.skipped
     console.print(
-        f"{len(workshop.train):,} training and {len(workshop.validation):,} validation pictures,"
+        f"{len(workshop.train):,} training and {len(workshop.validation):,} validation {workshop.media.kind}s,"
         f" {len(skipped)} skipped; {len(workshop.prompts)} prompts"
     )
     for item in skipped:
@@ -267,14 +327,16 @@ def _evaluate(recipe: Any, workshop: Any) -> None:
 
 
 def _print_plan(recipe: Any, arm: str | None = None) -> None:
-    from timestep_experts.jobs import make_plan
+    from timestep_experts.jobs import make_plan, planned_device
 
-    titles = ("arm", "stage", "experts", "trained", "steps", "samples per expert", "samples", "memory")
-    table = Table(*titles, title="plan; memory is weights, gradients and optimiser state, activations come on top")
-    for stage in make_plan(recipe):
-        if arm not in (None, stage.arm):
-            continue
+    titles = ("arm", "stage", "experts", "trained", "steps", "samples per expert", "samples")
+    parts = ("base", "experts and optimizer", "activations", "peak")
+    device = planned_device(recipe)
+    table = Table(*titles, *parts, title=f"plan; estimated memory of training on {device}, at its peak")
+    for stage in make_plan(recipe, arm, with_memory=True):
         low, high = stage.samples_per_expert
+        memory = stage.memory
+        assert memory is not None  # it was asked for
         table.add_row(
             stage.arm,
             stage.stage,
@@ -283,9 +345,14 @@ def _print_plan(recipe: Any, arm: str | None = None) -> None:
             f"{stage.steps:,}",
             f"{low:,}" if low == high else f"{low:,} to {high:,}",
             f"{stage.samples:,}",
-            f"{stage.memory / 2**20:,.0f} MiB",
+            *(_size(size) for size in (memory.base, memory.experts, memory.activations, memory.peak)),
         )
     console.print(table)
+
+
+def _size(num_bytes: int) -> str:
+    power, unit = next((p, u) for p, u in ((30, "GiB"), (20, "MiB"), (10, "KiB")) if num_bytes >= 2**p or p == 10)
+    return f"{num_bytes / 2**power:,.1f} {unit}"
 
 
 if __name__ == "__main__":

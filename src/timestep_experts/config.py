@@ -9,20 +9,50 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 MAIN_ARM = "main"
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _height_and_width(value: Any) -> tuple[int, int]:
+    sides = (value, value) if isinstance(value, int) else value
+    if not isinstance(sides, list | tuple) or len(sides) != 2 or not all(type(s) is int and s > 0 for s in sides):
+        raise ValueError("a side in pixels or [height, width] is needed")
+    return sides[0], sides[1]
+
+
+Size = Annotated[tuple[int, int], BeforeValidator(_height_and_width)]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class DataConfig(_Strict):
-    """Captioned pictures."""
+class ClipsConfig(_Strict):
+    """How a video base reads clips."""
 
-    path: str = Field(description="world/flat, world/neon, a folder, a saved dataset or a hub id")
+    num_frames: PositiveInt | None = Field(None, description="null: the base's default")
+    fps: PositiveFloat | None = Field(None, description="frames per second at which clips are read; null: their own")
+    stride: PositiveInt = Field(1, description="take one of so many of those frames")
+
+
+class DataConfig(_Strict):
+    """Captioned pictures, or clips."""
+
+    path: str = Field(description="world/flat, world/neon, a folder, a table of clips, a saved dataset or a hub id")
+    clips: ClipsConfig | None = Field(
+        None, description="of a video base; null: as many frames as it draws, at their own rate"
+    )
     max_train_samples: PositiveInt | None = None
     validation_path: str | None = Field(None, description="null: held-out captions of the same source")
     validation_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="of the captions, if no path is set")
@@ -72,16 +102,17 @@ class ExpertsConfig(_Strict):
         None, description="of every text encoder, or of those named (text_encoder_2: [...]); null: none"
     )
     scales: tuple[ScaleConfig, ...] = Field(min_length=1)
-    dropout: Share = 0.0
+    dropout: Share = Field(0.0, description="of what experts see while they train")
+    text_dropout: Share | None = Field(None, description="the same on text encoders; null: dropout")
     router_input: Literal["z_and_t", "z", "t"] = "z_and_t"
     gate: Literal["sample", "token"] = "sample"
     router_knots: Annotated[int, Field(ge=2)] | None = Field(None, description="null: the paper's table over every t")
 
 
 class OptimizerConfig(_Strict):
-    """Any optimiser of torch.optim."""
+    """Any optimiser of torch.optim, or one of bitsandbytes or torchao."""
 
-    name: str = "AdamW"
+    name: str = Field("AdamW", description="e.g. AdamW, bitsandbytes.AdamW8bit, torchao.AdamW8bit")
     options: Mapping[str, float | bool | tuple[float, ...]] = {"weight_decay": 0.01, "betas": (0.9, 0.999)}
     lr_scheduler: str = "constant"
     lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -96,6 +127,7 @@ class FosterConfig(_Strict):
     train_batch_size: PositiveInt = Field(8, description="per interval and step")
     learning_rate: PositiveFloat = 1e-4
     text_learning_rate: PositiveFloat | None = Field(None, description="on text encoders; null: learning_rate")
+    text_weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="there; null: the optimiser's")
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
@@ -114,6 +146,10 @@ class TrainingConfig(_Strict):
 
     mixed_precision: Literal["no", "bf16"] = "no"
     base_dtype: Literal["fp32", "bf16"] = Field("fp32", description="of the frozen base; experts are always fp32")
+    base_quantization: Literal["bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-int8"] | None = Field(
+        None, description="of denoisers and T5s; null: none"
+    )
+    offload_encoders: bool = Field(True, description="keep what is not needed while training on the CPU")
     gradient_accumulation_steps: PositiveInt = 1
     gradient_checkpointing: bool = False
     checkpointing_steps: PositiveInt | None = 500
@@ -143,7 +179,8 @@ class Recipe(_Strict):
 
     pretrained_model_name_or_path: str = "world/base"
     output_dir: Path
-    resolution: PositiveInt = 512
+    resolution: Size = Field((512, 512), description="side in pixels of square pictures, or [height, width]")
+    max_sequence_length: PositiveInt | None = Field(None, description="tokens of a T5; null: the pipeline's default")
     seed: int = 0
     device: str = Field("auto", description="auto: cuda where there is one, else cpu")
     data: DataConfig

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch._dynamo.utils import counters
 
 from conftest import max_error, normal, randomise, scales
 from timestep_experts.formats import Bundle, load_bundle, save_bundle
-from timestep_experts.inference import attach, detach
+from timestep_experts.inference import SampleSettings, attach, detach, sample
 from timestep_experts.intervals import LogitNormalDensity, Partition, UniformDensity
 from timestep_experts.mixture import Mixture, MixtureSpec
 from timestep_experts.models import (
@@ -183,9 +184,58 @@ def test_captions_of_pixart_are_lowercased_and_stripped() -> None:
     assert all(torch.equal(*value) for value in features.values())
 
 
+@pytest.mark.parametrize("variant", ["pixart", "pixart of 1024 pixels", "pixart sigma"])
+def test_pixart_draws_for_the_text_and_the_size_that_it_is_trained_on(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = make_family(variant)
+    pipeline = family.pipeline()
+    module = sys.modules[type(pipeline).__module__]
+    monkeypatch.setattr(module, "is_bs4_available", lambda: True)  # as where the libraries for cleaning are installed
+    monkeypatch.setattr(module, "is_ftfy_available", lambda: True)
+    monkeypatch.setattr(type(pipeline), "_clean_caption", lambda _, text: f"dark {text}")
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args[0].clone(), kwargs["encoder_hidden_states"].clone()))
+
+    family.denoiser.register_forward_pre_hook(note, with_kwargs=True)
+    settings = SampleSettings(None, 2, 1.0, (16, 32), 2, 0)
+    assert sample(pipeline, PROMPTS, settings, progress=None).shape == (2, 16, 32, 3)
+    noisy, text = calls[0]
+    assert noisy.shape[-2:] == (8, 16)
+    assert torch.equal(text, family.encode_captions(PROMPTS)["encoder_hidden_states"])
+
+
 @pytest.mark.parametrize(("variant", "length"), [("pixart", 120), ("pixart sigma", 300), ("sd3", 280), ("flux", 512)])
 def test_text_is_as_long_as_the_pipeline_makes_it(variant: str, length: int) -> None:
     assert make_family(variant).encode_captions([""])["encoder_hidden_states"].shape[1] == length
+
+
+@pytest.mark.parametrize(("variant", "fixed"), [("pixart", 0), ("sd3", 24), ("sd3 without t5", 24), ("flux", 0)])
+def test_a_text_length_holds_in_training_and_drawing(variant: str, fixed: int) -> None:
+    family = make_family(variant)
+    family.set_max_sequence_length(7)
+    features = family.encode_captions(PROMPTS)
+    assert features["encoder_hidden_states"].shape[1] == fixed + 7
+    given: list[Tensor] = []
+
+    def note(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
+        given.append(kwargs["encoder_hidden_states"].clone())
+
+    family.denoiser.register_forward_pre_hook(note, with_kwargs=True)
+    size = family.default_size
+    sample(family.pipeline(), PROMPTS, SampleSettings(None, 2, 1.0, size, 2, 0, None, 7), progress=None)
+    assert torch.equal(given[0], features["encoder_hidden_states"])
+
+
+@pytest.mark.parametrize(
+    ("variant", "length", "message"),
+    [("sd", 7, "takes no max_sequence_length"), ("flux", 0, "must be positive; got 0")],
+)
+def test_a_text_length_that_cannot_be_is_refused(variant: str, length: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_family(variant).set_max_sequence_length(length)
 
 
 def test_captions_of_ddpm_are_ignored_or_class_numbers() -> None:
@@ -532,11 +582,11 @@ def test_a_folder_without_an_index_is_refused_with_what_there_is(content: str | 
 
 
 def test_sizes_are_those_of_the_pipelines() -> None:
-    sizes = {name: make_family(name).default_resolution for name in VARIANTS}
-    assert sizes.pop("pixart of 1024 pixels") == 256
-    assert sizes.pop("flux") == sizes.pop("flux without guidance") == 256
-    assert sizes.pop("ddpm") == 8
-    assert set(sizes.values()) == {16}
+    sizes = {name: make_family(name).default_size for name in VARIANTS}
+    assert sizes.pop("pixart of 1024 pixels") == (256, 256)
+    assert sizes.pop("flux") == sizes.pop("flux without guidance") == (256, 256)
+    assert sizes.pop("ddpm") == (8, 8)
+    assert set(sizes.values()) == {(16, 16)}
 
 
 # Compilation

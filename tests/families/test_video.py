@@ -196,13 +196,23 @@ def test_fresh_noise_is_that_of_ddim() -> None:
     assert max_error(made.pred_original_sample, clean) <= 1e-5
 
 
-def test_without_fading_it_is_ddim(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("timestep_experts.models.video_crafter.signal_scale", torch.ones)
+def test_without_fading_it_is_ddim() -> None:
     mine, theirs = scheduler(10), DDIMScheduler.from_config(scheduler(10).config)
+    mine.register_to_config(least_signal=1)
     theirs.set_timesteps(10)
     said, noisy = normal(1, 4, 2, 8, 8), normal(1, 4, 2, 8, 8, seed=1)
     for t in (901, 1):
         assert max_error(mine.step(said, t, noisy).prev_sample, theirs.step(said, t, noisy).prev_sample) <= 1e-6
+
+
+def test_a_base_whose_signal_does_not_fade_keeps_the_pipelines_own_noise_and_sampler() -> None:
+    pipeline = tiny_video_crafter()
+    pipeline.scheduler = DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False)
+    family = VideoCrafter(pipeline)
+    assert family.pipeline() is pipeline
+    clean, noise = normal(2, 4, 2, 8, 8), normal(2, 4, 2, 8, 8, seed=1)
+    t = torch.tensor([100, 900])
+    assert torch.equal(family.noise.add_noise(clean, noise, t), pipeline.scheduler.add_noise(clean, noise, t))
 
 
 def test_latents_are_not_clipped() -> None:
@@ -267,6 +277,29 @@ def test_an_fps_network_is_saved_and_copied_as_any_other(tmp_path: Path) -> None
     copied.fps = 4
     assert max_error(unet_call(loaded), unet_call(unet)) == 0
     assert max_error(unet_call(copied), unet_call(unet)) > 1e-3
+
+
+@torch.no_grad()
+def test_the_frame_rate_is_saved_with_the_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    unet = tiny_fps_unet()
+    unet.fps = 8
+    unet.save_pretrained(tmp_path / "unet")
+    loaded = FpsUNet3DConditionModel.from_pretrained(tmp_path / "unet")
+    assert loaded.fps == 8
+    assert max_error(unet_call(loaded), unet_call(unet)) <= 1e-5
+    assert FpsUNet3DConditionModel.from_config(loaded.config).fps == 8
+    assert FpsUNet3DConditionModel(**{**tiny_config(), "fps": 12}).fps == 12
+    assert FpsUNet3DConditionModel(**tiny_config()).fps == FPS
+    pipeline = tiny_video_crafter()
+    pipeline.unet = unet
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    assert VideoCrafter.load(str(tmp_path / "pipeline"), torch.device("cpu")).fps == 8
+    fold_fps(unet, 8)
+    assert not [record for record in caplog.records if "'fps'" in record.message]
+
+
+def tiny_config() -> dict[str, Any]:
+    return {name: value for name, value in tiny_fps_unet().config.items() if not name.startswith("_") and name != "fps"}
 
 
 def test_the_family_says_the_frame_rate() -> None:

@@ -69,19 +69,17 @@ def tiny_video_crafter(prediction_type: str = "epsilon", seed: int = 0) -> TextT
             norm_num_groups=4,
             sample_size=16,
         )
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type=prediction_type,
+        steps_offset=1,
+        clip_sample=False,
+    )
+    scheduler.register_to_config(least_signal=0.7)
     return TextToVideoSDPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=tiny_fps_unet(seed),
-        scheduler=DDIMScheduler(
-            beta_schedule="scaled_linear",
-            beta_start=0.00085,
-            beta_end=0.012,
-            prediction_type=prediction_type,
-            steps_offset=1,
-            clip_sample=False,
-        ),
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=tiny_fps_unet(seed), scheduler=scheduler
     )
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from conftest import TARGETS, OneLayer, attach_to_layer, normal, randomise, scales, unet_inputs
 from timestep_experts.intervals import Partition
-from timestep_experts.mixture import Mixture, MixtureLayer, MixtureSpec, Router, Scale
+from timestep_experts.mixture import Mixture, MixtureLayer, MixtureSpec, Router, Scale, match_targets
 
 SPEC = MixtureSpec(scales(8, 1))
 
@@ -35,12 +35,37 @@ def test_attaching_twice_is_refused(unet):
     Mixture.attach(unet, SPEC, ["to_k"])
 
 
-def test_pattern_that_matches_nothing_is_named(unet):
-    refuse_attaching(unet, ["to_q", "to_nowhere", "o_k"], r"\['to_nowhere', 'o_k'\].*UNet2DConditionModel.*to_k.*to_q")
+@pytest.mark.parametrize(
+    ("pattern", "closest"),
+    [
+        ("to_queries", "to_q"),
+        ("time_embed_proj", "time_emb_proj"),
+        ("attn1.to_values", "attn1.to_v"),
+        ("ff.net.0.project", "ff.net.0.proj"),
+        ("downsampler.0.conv", "downsamplers.0.conv"),
+    ],
+)
+def test_pattern_that_matches_nothing_is_named_with_the_closest(unet, pattern, closest):
+    with pytest.raises(ValueError, match=rf"\['{pattern}'\] match no layer of this UNet2DConditionModel") as refusal:
+        Mixture.attach(unet, SPEC, ["to_k", pattern])
+    listed = str(refusal.value).split("the closest are: ")[1].split(", ")
+    assert 1 <= len(listed) <= 5
+    assert listed[0] == closest
+    for name in listed:
+        assert match_targets(unet, [name])
 
 
-def test_regular_expression_that_matches_nothing_is_named(unet):
-    refuse_attaching(unet, r"to_q", r"\['to_q'\] match no layer")
+def test_pattern_that_matches_no_layer_that_can_carry_experts_is_told_apart(unet):
+    refuse_attaching(unet, ["to_q", "to_out"], r"attn1\.to_out: a ModuleList cannot carry experts; allowed are linear")
+
+
+def test_every_pattern_that_matches_nothing_has_a_line(unet):
+    refuse_attaching(unet, ["to_q", "to_nowhere", "o_k"], r"\['to_nowhere', 'o_k'\] match(.*\n)+  'o_k'; .* to_k, ")
+
+
+def test_regular_expression_that_matches_nothing_is_named_with_a_whole_name(unet):
+    whole = r"must match a whole name, such as \S+\.\S+\.to_q"
+    refuse_attaching(unet, r"to_q", rf"\['to_q'\] match no layer of this UNet2DConditionModel\n.*{whole}")
 
 
 def test_no_pattern_is_refused(unet):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from conftest import max_error, normal, random_pictures, randomise, scales, tiny_pipeline
+from timestep_experts.build import build_foster_settings, build_mixture
+from timestep_experts.config import parse_recipe
 from timestep_experts.data import EncodedPictures
 from timestep_experts.evaluation import LossSettings, loss_curve
 from timestep_experts.formats import Bundle
@@ -73,7 +76,7 @@ def test_sampling_is_the_loop_that_encodes_at_every_step(
 ) -> None:
     mixture = attach(quiet, bundle(), mode, text_experts=text_experts)
     actual = draw(quiet, return_dict=True)
-    encode = Reencoder.of(quiet)._encode
+    encode = partial(type(quiet).encode_prompt, quiet)
     latents = torch.cat([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)])
     quiet.scheduler.set_timesteps(5)
     with torch.no_grad():
@@ -194,3 +197,35 @@ def test_text_encoders_checkpoint_with_their_own_timesteps(family: StableDiffusi
         gradients.append(layer.experts["n4"].A.grad.clone())
     assert gradients[0].abs().max() > 0
     assert max_error(*gradients) <= 1e-7
+
+
+# Settings of their own
+
+
+def test_text_experts_have_a_rate_a_decay_and_a_dropout_of_their_own(family: StableDiffusion, tmp_path: Path) -> None:
+    document = {
+        "output_dir": tmp_path,
+        "data": {"path": "world/flat"},
+        "experts": {
+            "target_modules": ["to_q"],
+            "text_target_modules": ["q_proj"],
+            "scales": [{"intervals": 2}],
+            "dropout": 0.5,
+            "text_dropout": 0.0,
+        },
+        "foster": {"learning_rate": 1e-3, "text_learning_rate": 1e-4, "text_weight_decay": 0.3},
+    }
+    recipe = parse_recipe(document, "recipe")
+    mixture = build_mixture(recipe, family)
+    dropouts = {name.partition(".")[0]: layer.dropout for name, layer in mixture.layers.items()}
+    assert dropouts == {"unet": 0.5, "text_encoder": 0.0}
+    (stage,) = foster(mixture, build_foster_settings(recipe, family.text_encoders))
+    assert [learner.name for learner in stage.learners] == [
+        "n2.0.unet",
+        "n2.0.text_encoder",
+        "n2.1.unet",
+        "n2.1.text_encoder",
+    ]
+    optimiser = OptimiserSettings("AdamW", {"weight_decay": 0.01}).build(stage.learners)
+    settings = [(round(group["lr"], 9), group["weight_decay"]) for group in optimiser.param_groups]
+    assert settings == [(1e-3, 0.01), (1e-4, 0.3)] * 2

@@ -280,7 +280,7 @@ def test_detaching_restores_bytes_and_pictures(pipeline: StableDiffusionPipeline
 # Sampling
 
 
-SETTINGS = SampleSettings("EulerDiscreteScheduler", 3, 3.0, resolution=16, batch_size=3, seed=10)
+SETTINGS = SampleSettings("EulerDiscreteScheduler", 3, 3.0, size=(16, 16), batch_size=3, seed=10)
 
 
 def sampled(pipeline: StableDiffusionPipeline, prompts: list[str], **changes: Any) -> NDArray[np.uint8]:

@@ -1,6 +1,6 @@
 """Pictures and clips with captions: found, checked, encoded once, kept."""
 
-from timestep_experts.data.cache import EncodedPictures, MediaSettings, PictureSettings, encode_dataset
+from timestep_experts.data.cache import EncodedPictures, MediaSettings, PictureSettings, decode_all, encode_dataset
 from timestep_experts.data.clips import ClipSettings, open_clips
 from timestep_experts.data.sources import Example, PictureSet, Skipped, open_dataset, split_by_caption
 
@@ -12,6 +12,7 @@ __all__ = [
     "PictureSet",
     "PictureSettings",
     "Skipped",
+    "decode_all",
     "encode_dataset",
     "open_clips",
     "open_dataset",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,7 +22,7 @@ from timestep_experts.data.sources import Example, PictureSet, Skipped, list_ski
 from timestep_experts.formats.atomic import write_json, write_tensors
 from timestep_experts.models import Family
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 _BATCH = 64
 
 
@@ -49,18 +50,20 @@ class PictureSettings:
     """How a picture becomes pixels.
 
     Args:
-        resolution: the side in pixels; the shorter side is resized to it, then the centre is cropped.
+        height: in pixels.
+        width: in pixels; a picture is resized to cover both, then its centre is cropped.
         flip: keep a mirrored copy of every picture as a further training row.
     """
 
     kind: ClassVar[str] = "picture"
 
-    resolution: int
+    height: int
+    width: int
     flip: bool = False
 
     def decode(self, example: Example) -> Tensor:
-        """``(3, resolution, resolution)``; see `MediaSettings`."""
-        return to_pixels(example.open(), self.resolution)
+        """``(3, height, width)``; see `MediaSettings`."""
+        return to_pixels(example.open(), self.height, self.width)
 
 
 @dataclass(frozen=True)
@@ -137,10 +140,22 @@ def encode_dataset(
     )
 
 
-def to_pixels(picture: Image.Image, height: int, width: int | None = None) -> Tensor:
-    """Resize to cover ``height x width`` (``None``: a square), crop the centre: ``(3, H, W)`` fp32 in [-1, 1]."""
-    fitted = ImageOps.fit(picture, (width or height, height), Image.Resampling.LANCZOS)
+def to_pixels(picture: Image.Image, height: int, width: int) -> Tensor:
+    """Resize to cover ``height x width``, crop the centre: ``(3, H, W)`` fp32 in [-1, 1]."""
+    fitted = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(fitted).copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def decode_all(examples: Sequence[Example], settings: MediaSettings) -> NDArray[np.uint8]:
+    """Pictures ``(N, H, W, 3)`` or clips ``(N, F, H, W, 3)`` for people and metrics; unusable examples are left out."""
+    decoded = []
+    for example in examples:
+        try:
+            pixels = settings.decode(example)
+        except OSError:
+            continue  # listed among the skipped ones since the latents were made
+        decoded.append(((pixels + 1) * 127.5).round().byte().movedim(0, -1).numpy())
+    return np.stack(decoded)
 
 
 def _read_all(examples: tuple[Example, ...]) -> Iterator[bytes]:
@@ -174,6 +189,7 @@ def _build(
     while batch := list(islice(decoded, 1 if family.is_video else _BATCH)):  # a clip is a batch of frames already
         pixels = torch.stack(batch)
         latents.append(family.encode_media(pixels).cpu())
+        _require_finite(latents[-1], [example.place for example in kept[-len(batch) :]], "latents", family)
         if settings.flip:
             mirrored.append(family.encode_media(pixels.flip(-1)).cpu())
     if not kept:
@@ -183,6 +199,8 @@ def _build(
     row_of = {caption: row for row, caption in enumerate(captions)}
     caption_rows = torch.tensor([row_of[example.caption] for example in kept])
     features = _in_parts([*captions, ""], family.tokenize if as_tokens else family.encode_captions)
+    for value in features.values():
+        _require_finite(value, [f"caption {caption!r}" for caption in [*captions, ""]], "text features", family)
     write_tensors(
         tensors_path,
         {
@@ -192,6 +210,18 @@ def _build(
         },
     )
     write_json(report_path, {"captions": captions, "skipped": skipped})
+
+
+def _require_finite(values: Tensor, places: Sequence[str], what: str, family: Family) -> None:
+    wrong = [place for place, value in zip(places, values, strict=True) if not value.isfinite().all()]
+    if wrong:
+        raise ValueError(
+            f"{wrong[0]}: its {what} are not finite"
+            + f", and {len(wrong) - 1} more" * (len(wrong) > 1)
+            + f" ({family.source})."
+            " Half precision overflows in some encoders, in the autoencoder of SDXL in fp16 for one: load the base in"
+            " fp32 or bf16"
+        )
 
 
 def _decode_all(

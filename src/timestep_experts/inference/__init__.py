@@ -1,7 +1,19 @@
 """A trained mixture on a diffusers pipeline."""
 
 from timestep_experts.inference.attach import attach, detach
-from timestep_experts.inference.reencode import Reencoder
+from timestep_experts.inference.cost import DrawingCost, counted
+from timestep_experts.inference.reencode import Reencoder, reencoding
 from timestep_experts.inference.sample import SampleSettings, sample
+from timestep_experts.inference.video import write_mp4
 
-__all__ = ["Reencoder", "SampleSettings", "attach", "detach", "sample"]
+__all__ = [
+    "DrawingCost",
+    "Reencoder",
+    "SampleSettings",
+    "attach",
+    "counted",
+    "detach",
+    "reencoding",
+    "sample",
+    "write_mp4",
+]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from timestep_experts.formats import Bundle, load_bundle
-from timestep_experts.inference.reencode import DENOISERS, Reencoder, TextExperts
+from timestep_experts.inference.reencode import DENOISERS, Reencoder, TextExperts, reencode
 from timestep_experts.mixture import Mixture, MixtureLayer, Mode
 from timestep_experts.models import owned_intervals, timestep_scale_of
 
@@ -26,7 +26,8 @@ def attach(
 
     Args:
         pipeline: a diffusers pipeline; its ``unet`` or ``transformer`` receives the experts, in its dtype and on its
-            device. Other pipelines that share that module are specialised too.
+            device. Other pipelines that share that module are specialised too; where text encoders carry experts,
+            name them to `Reencoder.follow`.
         bundle: a bundle or its folder.
         mode: ``switch`` or ``route`` (or ``off``); ``None`` takes the bundle's own.
         text_experts: how often prompts are encoded anew where text encoders carry experts: ``step``, ``interval`` or
@@ -58,8 +59,7 @@ def attach(
     except ValueError:
         mixture.detach()
         raise
-    if any(name not in DENOISERS for name in mixture.networks if name):
-        Reencoder(pipeline, mixture, text_experts or ("step" if mixture.mode == "route" else "interval"))
+    reencode(pipeline, mixture, text_experts)
     for layer in mixture.layers.values():
         held = next(layer.base_layer.parameters(), None)
         layer.move_experts(dtype=held.dtype if held is not None and held.dtype.is_floating_point else None)

@@ -1,4 +1,4 @@
-"""Pictures for a list of prompts, each from a seed of its own."""
+"""Pictures or clips for a list of prompts, each from a seed of its own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from timestep_experts.models import sampling_options_of
 from timestep_experts.models.video_crafter import ScaledSignalDDIMScheduler
 
 
@@ -23,59 +24,85 @@ class SampleSettings:
         scheduler: the name of a diffusers scheduler; ``None`` keeps the pipeline's own.
         num_inference_steps: denoising steps.
         guidance_scale: of classifier-free guidance; 1 and below means none.
-        resolution: side in pixels.
+        size: height and width in pixels.
         batch_size: pictures at a time.
         seed: picture i starts from seed + i, whatever the batch size.
+        num_frames: of a video pipeline; ``None`` for pictures.
+        max_sequence_length: tokens of a T5; ``None`` keeps the pipeline's default.
     """
 
     scheduler: str | None
     num_inference_steps: int
     guidance_scale: float
-    resolution: int
+    size: tuple[int, int]
     batch_size: int
     seed: int
+    num_frames: int | None = None
+    max_sequence_length: int | None = None
+
+    @property
+    def call_options(self) -> dict[str, Any]:
+        """What a pipeline is called with, beside prompts and seeds."""
+        height, width = self.size
+        options = {
+            "height": height,
+            "width": width,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "num_frames": self.num_frames,
+            "max_sequence_length": self.max_sequence_length,
+        }
+        return {name: value for name, value in options.items() if value is not None}
 
 
 def sample(
     pipeline: Any, prompts: Sequence[str], settings: SampleSettings, *, progress: str | None = "sampling"
 ) -> NDArray[np.uint8]:
-    """Draw one picture per prompt.
+    """Draw one picture, or with ``settings.num_frames`` one clip, per prompt.
 
     Args:
-        pipeline: a diffusers text-to-image pipeline, with or without experts; its scheduler is put back afterwards.
+        pipeline: a diffusers text-to-image or text-to-video pipeline, with or without experts; its scheduler is put
+            back afterwards.
         prompts: N of them.
         settings: see there.
         progress: title of the progress bar, ``None`` for no bar.
 
     Returns:
-        ``(N, resolution, resolution, 3)`` uint8, RGB.
+        ``(N, H, W, 3)``, of clips ``(N, F, H, W, 3)``, uint8, RGB.
 
     Raises:
-        ValueError: see `choose_scheduler`.
+        ValueError: see `choose_scheduler`; or what is drawn is not finite.
     """
     before = pipeline.scheduler
     pipeline.scheduler = choose_scheduler(settings.scheduler, before)
-    pictures = []
+    options = {**sampling_options_of(pipeline), **settings.call_options}
+    unit = "picture" if settings.num_frames is None else "clip"
+    drawn = []
     try:
-        with tqdm(total=len(prompts), desc=progress, unit="picture", disable=progress is None, leave=False) as bar:
+        with tqdm(total=len(prompts), desc=progress, unit=unit, disable=progress is None, leave=False) as bar:
             for start in range(0, len(prompts), settings.batch_size):
                 batch = list(prompts[start : start + settings.batch_size])
                 seeds = range(settings.seed + start, settings.seed + start + len(batch))
-                drawn = pipeline(
-                    prompt=batch,
-                    height=settings.resolution,
-                    width=settings.resolution,
-                    num_inference_steps=settings.num_inference_steps,
-                    guidance_scale=settings.guidance_scale,
-                    generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                    output_type="np",
-                ).images
-                pictures.append((np.asarray(drawn) * 255).round().astype(np.uint8))
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+                output = pipeline(prompt=batch, generator=generators, output_type="np", **options)
+                signal = np.asarray(output.images if settings.num_frames is None else output.frames)
+                _require_finite(signal, batch, pipeline)
+                drawn.append((signal * 255).round().astype(np.uint8))
                 bar.update(len(batch))
     finally:
         pipeline.scheduler = before
-    size = settings.resolution
-    return np.concatenate(pictures) if pictures else np.zeros((0, size, size, 3), np.uint8)
+    return np.concatenate(drawn) if drawn else np.zeros((0, *settings.size, 3), np.uint8)
+
+
+def _require_finite(signal: NDArray[np.float32], prompts: Sequence[str], pipeline: Any) -> None:
+    wrong = [prompt for prompt, values in zip(prompts, signal, strict=True) if not np.isfinite(values).all()]
+    if wrong:
+        raise ValueError(
+            f"what this {type(pipeline).__name__} draws for {wrong[0]!r} is not finite, and would be black;"
+            f" {len(wrong)} of {len(prompts)} prompts are concerned. Half precision overflows in some bases, in the"
+            " autoencoder of SDXL in fp16 for one: load it in fp32 or bf16. If it is finite in mode off, the experts"
+            " have diverged"
+        )
 
 
 def choose_scheduler(name: str | None, own: Any) -> Any:

@@ -5,7 +5,7 @@ Layout of ``output_dir``: ``recipe.yaml``, ``cache/``, ``evaluation/``, ``report
 """
 
 from timestep_experts.jobs.evaluate import evaluate, reported_partition, write_run_report
-from timestep_experts.jobs.plan import make_plan
+from timestep_experts.jobs.plan import make_plan, planned_device
 from timestep_experts.jobs.train import assemble_arm, foster_arm, has_second_stage, prepare_output
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "foster_arm",
     "has_second_stage",
     "make_plan",
+    "planned_device",
     "prepare_output",
     "reported_partition",
     "write_run_report",

@@ -1,52 +1,104 @@
-"""Draw pictures with a bundle."""
+"""Draw pictures or clips with a bundle."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 
-from timestep_experts.build import resolve_model
-from timestep_experts.formats import load_bundle
-from timestep_experts.inference import SampleSettings, attach, sample
+from timestep_experts.build import BASE_DTYPES, resolve_model
+from timestep_experts.config import ClipsConfig
+from timestep_experts.data import ClipSettings, PictureSettings
+from timestep_experts.formats import Bundle, load_bundle
+from timestep_experts.inference import DrawingCost, SampleSettings, attach, counted, sample
+from timestep_experts.jobs.media import SHEET, frames_per_second, save_media, save_media_sheet
 from timestep_experts.mixture import MODES, Mode
-from timestep_experts.models import load_family
-from timestep_experts.report import save_sheet
+from timestep_experts.models import Family, load_family
+
+_BATCH_SIZE = 16
 
 
-def draw(
-    bundle: Path,
-    prompts: Sequence[str],
-    output: Path,
-    model: str | None,
-    mode: str | None,
-    num_inference_steps: int,
-    guidance_scale: float,
-    scheduler: str | None,
-    seed: int,
-) -> list[Path]:
-    """Draw one picture per prompt; returns their paths and, last, the contact sheet's.
+@dataclass(frozen=True)
+class DrawSettings:
+    """How to draw with a bundle; ``None``: as it was trained, or else as its base draws.
+
+    Args:
+        model: the base.
+        mode: ``switch``, ``route`` or ``off``.
+        scheduler: the name of a diffusers scheduler.
+        num_inference_steps: denoising steps.
+        guidance_scale: of classifier-free guidance.
+        seed: of the first picture.
+        height: in pixels.
+        width: in pixels.
+        num_frames: of clips.
+        fps: of clips' files.
+    """
+
+    model: str | None = None
+    mode: str | None = None
+    scheduler: str | None = None
+    num_inference_steps: int = 20
+    guidance_scale: float = 3.0
+    seed: int = 0
+    height: int | None = None
+    width: int | None = None
+    num_frames: int | None = None
+    fps: float | None = None
+
+
+def draw(bundle: Path, prompts: Sequence[str], output: Path, settings: DrawSettings) -> tuple[list[Path], DrawingCost]:
+    """Draw one picture or clip per prompt; returns their paths and, last, the contact sheet's, and the cost.
 
     Raises:
         ValueError: an unknown mode, or a bundle or base that cannot be used.
     """
-    chosen: Mode | None = next((known for known in MODES if known == mode), None)
-    if mode is not None and (chosen is None or chosen == "foster"):
-        raise ValueError(f"unknown mode {mode!r}: allowed are switch, route and off")
+    mode: Mode | None = next((known for known in MODES if known == settings.mode), None)
+    if settings.mode is not None and (mode is None or mode == "foster"):
+        raise ValueError(f"unknown mode {settings.mode!r}: allowed are switch, route and off")
     loaded = load_bundle(bundle)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    family = load_family(resolve_model(model or loaded.base_model), device)
+    family = _load_base(settings.model or loaded.base_model, loaded)
     if not family.text_encoders:
         raise ValueError(f"{family.source} is a {type(family.pipeline()).__name__}: it draws nothing for a prompt")
     pipeline = family.pipeline()
-    attach(pipeline, loaded, chosen)
-    settings = SampleSettings(scheduler, num_inference_steps, guidance_scale, family.default_resolution, 16, seed)
-    pictures = sample(pipeline, prompts, settings)
-    output.mkdir(parents=True, exist_ok=True)
-    paths = [output / f"{seed + index:06d}.png" for index in range(len(pictures))]
-    for path, picture in zip(paths, pictures, strict=True):
-        Image.fromarray(picture).save(path)
-    save_sheet(output / "sheet.png", pictures, prompts)
-    return [*paths, output / "sheet.png"]
+    attach(pipeline, loaded, mode)
+    trained = _trained_media(loaded, family)
+    num_frames = trained.num_frames if isinstance(trained, ClipSettings) else None
+    if num_frames is None and (settings.num_frames or settings.fps):
+        raise ValueError(f"{family.source} draws pictures: num_frames and fps are for video models")
+    sampling = SampleSettings(
+        settings.scheduler,
+        settings.num_inference_steps,
+        settings.guidance_scale,
+        (settings.height or trained.height, settings.width or trained.width),
+        _BATCH_SIZE if num_frames is None else 1,
+        settings.seed,
+        settings.num_frames or num_frames,
+        loaded.provenance.get("recipe", {}).get("max_sequence_length"),
+    )
+    with counted(pipeline) as cost:
+        media = sample(pipeline, prompts, sampling)
+    names = [f"{settings.seed + index:06d}" for index in range(len(media))]
+    paths = save_media(output, media, names, settings.fps or frames_per_second(trained))
+    save_media_sheet(output / SHEET, media, prompts)
+    return [*paths, output / SHEET], cost
+
+
+def _load_base(source: str, bundle: Bundle) -> Family:
+    """In the dtype, quantised or not, that the experts were trained on; fp32 where the bundle does not say."""
+    training = bundle.provenance.get("recipe", {}).get("training", {})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = BASE_DTYPES[training.get("base_dtype", "fp32")]
+    return load_family(resolve_model(source), device, dtype, training.get("base_quantization"))
+
+
+def _trained_media(bundle: Bundle, family: Family) -> ClipSettings | PictureSettings:
+    """What the bundle was trained on, as far as it says; else what the base draws."""
+    recipe = bundle.provenance.get("recipe", {})
+    height, width = recipe.get("resolution") or family.default_size
+    if family.default_num_frames is None:
+        return PictureSettings(height, width)
+    clips = ClipsConfig(**(recipe.get("data", {}).get("clips") or {}))
+    return ClipSettings(clips.num_frames or family.default_num_frames, height, width, clips.fps, clips.stride)

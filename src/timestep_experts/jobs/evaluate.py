@@ -14,12 +14,12 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from pydantic import TypeAdapter
 
 from timestep_experts import __version__
 from timestep_experts.build import Workshop, build_loss_settings, build_sample_settings, build_spec
 from timestep_experts.config import Recipe
+from timestep_experts.data import ClipSettings, decode_all
 from timestep_experts.evaluation import (
     LossSettings,
     Result,
@@ -33,9 +33,17 @@ from timestep_experts.formats import load_bundle
 from timestep_experts.formats.atomic import atomic_path, write_json
 from timestep_experts.inference import attach, detach, sample
 from timestep_experts.intervals import Partition
+from timestep_experts.jobs.media import (
+    SHEET,
+    as_pictures,
+    frames_per_second,
+    load_media,
+    save_media,
+    save_media_sheet,
+)
 from timestep_experts.jobs.train import arm_folder, has_second_stage
 from timestep_experts.mixture import Mixture, Mode, ParameterCount
-from timestep_experts.report import ReportContent, save_sheet, write_report
+from timestep_experts.report import ReportContent, write_report
 from timestep_experts.training.log import read_log
 
 BASE = "base"
@@ -69,9 +77,9 @@ def write_run_report(recipe: Recipe, workshop: Workshop, results: Sequence[Resul
     """Write ``report.html`` and ``results.json``; returns the report's path."""
     pictures: dict[str, NDArray[np.uint8]] = {}
     if recipe.evaluation.prompts is None:  # then prompts are captions of validation pictures
-        pictures["real"] = _references(workshop, recipe.resolution)[:NUM_SHOWN]
+        pictures["real"] = _references(workshop)[:NUM_SHOWN]
     for result in results:
-        shown = _load_pictures(_folder(recipe, result.arm, result.mode), NUM_SHOWN)
+        shown = load_media(_folder(recipe, result.arm, result.mode) / "pictures", NUM_SHOWN, workshop.media)
         if len(shown):
             pictures[result.label] = shown
     content = ReportContent(
@@ -121,7 +129,10 @@ def _measure(recipe: Recipe, workshop: Workshop, settings: LossSettings, arm: st
             detach(workshop.family.pipeline())
     with atomic_path(folder) as draft:
         draft.mkdir(parents=True)
-        _save_pictures(draft, pictures, workshop.prompts)
+        if len(pictures):
+            names = [f"{index:04d}" for index in range(len(pictures))]
+            save_media(draft / "pictures", pictures, names, frames_per_second(workshop.media))
+            save_media_sheet(draft / SHEET, pictures[:16], workshop.prompts[:16])
         write_json(draft / "result.json", {"identity": identity, "result": _RESULT.dump_python(result, mode="json")})
     return result
 
@@ -131,11 +142,12 @@ def _measure_attached(
 ) -> tuple[Result, NDArray[np.uint8]]:
     family = workshop.family
     curve = loss_curve(family, workshop.validation, settings)
-    pictures = sample(family.pipeline(), workshop.prompts, build_sample_settings(recipe), progress=f"{arm}, {mode}")
+    drawing = build_sample_settings(recipe, workshop.media)
+    pictures = sample(family.pipeline(), workshop.prompts, drawing, progress=f"{arm}, {mode}")
     frechet = None
     if len(pictures) > 1:
-        real = judge_features(_references(workshop, recipe.resolution))
-        frechet = frechet_distance(judge_features(pictures), real)
+        real = judge_features(as_pictures(_references(workshop)))
+        frechet = frechet_distance(judge_features(as_pictures(pictures)), real)
     trained, samples, seconds = _training_totals(recipe, arm, mode, mixture)
     counted = mixture.count_parameters() if mixture is not None else ParameterCount(0, 0, 0)
     result = Result(
@@ -194,15 +206,16 @@ def _identity(recipe: Recipe, workshop: Workshop, settings: LossSettings, arm: s
     return {
         "evaluation": recipe.evaluation.model_dump(mode="json"),
         "intervals": list(settings.partition.boundaries),
-        "resolution": recipe.resolution,
+        "media": repr(workshop.media),
         "base_model": recipe.pretrained_model_name_or_path,
+        "base": recipe.training.model_dump(include={"base_dtype", "base_quantization"}),
         "prompts": list(workshop.prompts),
         "validation_pictures": workshop.validation.key,
         "bundle": hashlib.sha256(tensors.read_bytes()).hexdigest() if tensors.is_file() else None,
     }
 
 
-def _references(workshop: Workshop, resolution: int) -> NDArray[np.uint8]:
+def _references(workshop: Workshop) -> NDArray[np.uint8]:
     """The validation pictures whose captions are prompts, one per prompt and in that order, then the others."""
     rest = {id(example): example for example in workshop.references.examples}
     ordered = []
@@ -210,34 +223,7 @@ def _references(workshop: Workshop, resolution: int) -> NDArray[np.uint8]:
         match = next((example for example in rest.values() if example.caption == prompt), None)
         if match is not None:
             ordered.append(rest.pop(id(match)))
-    pictures = [
-        np.asarray(ImageOps.fit(picture, (resolution, resolution), Image.Resampling.LANCZOS))
-        for picture in _openable([*ordered, *rest.values()])
-    ]
-    return np.stack(pictures)
-
-
-def _openable(examples: Sequence[Any]) -> list[Image.Image]:
-    pictures = []
-    for example in examples:
-        try:
-            pictures.append(example.open())
-        except OSError:
-            continue  # listed among the skipped ones since the latents were made
-    return pictures
-
-
-def _save_pictures(folder: Path, pictures: NDArray[np.uint8], prompts: Sequence[str]) -> None:
-    if len(pictures):
-        (folder / "pictures").mkdir()
-        for index, picture in enumerate(pictures):
-            Image.fromarray(picture).save(folder / "pictures" / f"{index:04d}.png")
-        save_sheet(folder / "sheet.png", pictures[:16], prompts[:16])
-
-
-def _load_pictures(folder: Path, count: int) -> NDArray[np.uint8]:
-    paths = sorted((folder / "pictures").glob("*.png"))[:count]
-    return np.stack([np.asarray(Image.open(path)) for path in paths]) if paths else np.zeros((0, 1, 1, 3), np.uint8)
+    return decode_all([*ordered, *rest.values()], workshop.media)
 
 
 def _notes(recipe: Recipe, workshop: Workshop) -> list[str]:
@@ -252,8 +238,9 @@ def _notes(recipe: Recipe, workshop: Workshop) -> list[str]:
     ]
     if workshop.prompts:
         notes.append(
-            "Frechet distance is measured in the features of the embedded world's judge: a ruler for this"
-            " table, not comparable with an Inception FID."
+            "Frechet distance is measured in the features of the embedded world's judge"
+            + (", frame by frame" if isinstance(workshop.media, ClipSettings) else "")
+            + ": a ruler for this table, not comparable with an Inception FID."
         )
     return notes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from timestep_experts.config import OptimizerConfig, Recipe
 from timestep_experts.evaluation import loss_curve
 from timestep_experts.formats import Bundle, save_bundle
 from timestep_experts.formats.atomic import write_text
-from timestep_experts.inference import sample
+from timestep_experts.inference import reencoding, sample
+from timestep_experts.jobs.media import save_media_sheet
 from timestep_experts.mixture import Mixture, Mode
-from timestep_experts.report.pictures import save_sheet
 from timestep_experts.training import assemble, foster
 from timestep_experts.training.log import RunLog, read_log
 from timestep_experts.training.loop import Observer, Stage, run_stage
@@ -103,24 +104,34 @@ def _run(
     folder: Path,
     mode: Mode,
 ) -> None:
-    run_stage(
-        stage,
-        mixture,
-        workshop.family,
-        workshop.train,
-        build_optimiser_settings(optimiser),
-        build_loop_settings(recipe),
-        folder / stage.name,
-        _identity(recipe, workshop, stage),
-        _observer(recipe, mixture, workshop, folder / stage.name, mode),
-    )
+    with _encoders_away(recipe, workshop):
+        run_stage(
+            stage,
+            mixture,
+            workshop.family,
+            workshop.train,
+            build_optimiser_settings(optimiser),
+            build_loop_settings(recipe),
+            folder / stage.name,
+            _identity(recipe, workshop, stage),
+            _observer(recipe, mixture, workshop, folder / stage.name, mode),
+        )
+
+
+def _encoders_away(recipe: Recipe, workshop: Workshop) -> AbstractContextManager[None]:
+    """While training, encoders whose work is cached are on the CPU; captions kept as tokens need the text encoders."""
+    if not recipe.training.offload_encoders:
+        return nullcontext()
+    return workshop.family.encoders_on(torch.device("cpu"), with_text=not workshop.train.is_tokenised)
 
 
 def _identity(recipe: Recipe, workshop: Workshop, stage: Stage) -> dict[str, Any]:
     """Whatever decides the bytes of a stage's result."""
     parts = {"seed", "experts", "foster"} | ({"assemble"} if stage.name == "assemble" else set())
     document = recipe.model_dump(mode="json", include=parts)
-    training = recipe.training.model_dump(include={"mixed_precision", "base_dtype", "gradient_accumulation_steps"})
+    training = recipe.training.model_dump(
+        include={"mixed_precision", "base_dtype", "base_quantization", "gradient_accumulation_steps"}
+    )
     return {
         **document,
         **training,
@@ -140,9 +151,10 @@ def _observer(recipe: Recipe, mixture: Mixture, workshop: Workshop, folder: Path
         log.write(step, {"validation/mean": curve.mean, **values})
         if recipe.training.preview_pictures:
             prompts = workshop.prompts[: recipe.training.preview_pictures]
-            with mixture.using(mode):
-                pictures = sample(workshop.family.pipeline(), prompts, build_sample_settings(recipe))
-            save_sheet(folder / "previews" / f"step-{step:06d}.png", pictures, prompts)
+            pipeline, device = workshop.family.pipeline(), workshop.family.device
+            with mixture.using(mode), reencoding(pipeline, mixture), workshop.family.encoders_on(device):
+                drawn = sample(pipeline, prompts, build_sample_settings(recipe, workshop.media))
+            save_media_sheet(folder / "previews" / f"step-{step:06d}.png", drawn, prompts)
 
     return observe
 

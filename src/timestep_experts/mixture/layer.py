@@ -36,6 +36,7 @@ class Binding:
         mode: which experts speak.
         fostered: the scales that speak, ungated, in mode ``foster``.
         routing: set by the denoiser's hook before every forward pass.
+        is_bound: whether `bound` is open, so that the caller and not the hook said the timesteps.
         gate_log: where layers leave their gates while a caller records them, by layer name.
     """
 
@@ -43,6 +44,7 @@ class Binding:
     mode: Mode = "off"
     fostered: tuple[str, ...] = ()
     routing: Routing | None = None
+    is_bound: bool = False
     gate_log: dict[str, list[Tensor]] | None = None
 
     def route_to(self, t: Tensor) -> None:
@@ -53,12 +55,13 @@ class Binding:
     @contextmanager
     def bound(self, t: Tensor) -> Iterator[None]:
         """`route_to` for a while, then back to the timesteps before."""
-        before = self.routing
+        before = self.routing, self.is_bound
         self.route_to(t)
+        self.is_bound = True
         try:
             yield
         finally:
-            self.routing = before
+            self.routing, self.is_bound = before
 
     def active_scales(self) -> list[tuple[Scale, ...]]:
         """The scales that speak in this mode: the cores first, then the contexts; a role without any is left out."""
@@ -85,6 +88,7 @@ class MixtureLayer(nn.Module):
         self.base_layer = base_layer
         self.name = name
         self.binding = binding
+        self.dropout = spec.dropout
         self.geometry = LayerGeometry.of(base_layer, name)
         if spec.gate == "token" and spec.gated_scales and not self.geometry.keeps_positions:
             raise ValueError(
@@ -138,7 +142,7 @@ class MixtureLayer(nn.Module):
                 " or bind one with Mixture.at(t)."
             )
         repeats = x.shape[0] // routing.t.shape[0]  # frames or views of one sample stand next to each other
-        seen = functional.dropout(x, binding.spec.dropout, self.training) if binding.spec.dropout else x
+        seen = functional.dropout(x, self.dropout, self.training) if self.dropout else x
         for turn, scales in enumerate(binding.active_scales()):
             gates = self._gates(scales, x, _repeat(routing.t, repeats))
             stacks = [self.experts[scale.name] for scale in scales]

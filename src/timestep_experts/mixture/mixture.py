@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +15,9 @@ from timestep_experts.intervals import Interval
 from timestep_experts.mixture.layer import Binding, MixtureLayer, Mode
 from timestep_experts.mixture.lowrank import ExpertStack
 from timestep_experts.mixture.spec import MixtureSpec
+from timestep_experts.mixture.targets import Networks, Targets, match_all
 
 MODES: tuple[Mode, ...] = ("off", "foster", "switch", "route")
-
-Networks: TypeAlias = nn.Module | Mapping[str, nn.Module]
-"""One network, or several by name: a denoiser and its text encoders, or two denoisers that share out the timesteps."""
-
-Targets: TypeAlias = str | Sequence[str]
-"""PEFT's patterns, see `match_targets`."""
 
 
 @dataclass(frozen=True)
@@ -39,26 +33,6 @@ class ParameterCount:
     stored: int
     active: int
     trainable: int
-
-
-def match_targets(model: nn.Module, target_modules: Targets) -> list[str]:
-    """Names of the modules that patterns select, by PEFT's rules; layers that already carry experts never match.
-
-    Args:
-        model: any network.
-        target_modules: a regular expression that a full name must match, or a list of which an element must equal the
-            name or its last dotted parts.
-    """
-    carriers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, MixtureLayer))
-    free = (
-        name
-        for name, module in model.named_modules()
-        if name and not isinstance(module, MixtureLayer) and not name.startswith(carriers)
-    )
-    if isinstance(target_modules, str):
-        return [name for name in free if re.fullmatch(target_modules, name)]
-    endings = tuple(f".{target}" for target in target_modules)
-    return [name for name in free if name in target_modules or name.endswith(endings)]
 
 
 class Mixture:
@@ -103,7 +77,7 @@ class Mixture:
         """
         named = _by_name(networks)
         patterns = target_modules if isinstance(target_modules, Mapping) else dict.fromkeys(named, target_modules)
-        matches = {name: _match_all(network, patterns[name]) for name, network in named.items()}
+        matches = {name: match_all(network, patterns[name]) for name, network in named.items()}
         binding = Binding(spec)
         layers = {}
         with torch.random.fork_rng(devices=[]):
@@ -153,6 +127,12 @@ class Mixture:
                 if isinstance(function, _RoutedCheckpoint):
                     module._gradient_checkpointing_func = function.function  # type: ignore[assignment]
 
+    def set_dropout(self, dropout: float, network: str) -> None:
+        """Another dropout than the spec's for the experts of one network, until they are detached."""
+        for path, layer in self.layers.items():
+            if self._split(path)[0] == network:
+                layer.dropout = dropout
+
     def _replace_module(self, path: str, module: nn.Module) -> None:
         name, inner = self._split(path)
         parent, _, leaf = inner.rpartition(".")
@@ -184,6 +164,11 @@ class Mixture:
         """The timesteps ``(B,)`` of the running or latest forward pass; ``None`` before the first."""
         routing = self._binding.routing
         return None if routing is None else routing.t
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether `at` is open."""
+        return self._binding.is_bound
 
     def foster(self, *scale_names: str) -> None:
         """Mode ``foster``: the experts of these scales speak, ungated, and no others."""
@@ -309,8 +294,11 @@ class _TimestepReader:
             sample = args[0] if args else kwargs[self.first]
             t = kwargs[self.argument] if self.argument in kwargs else args[self.position]
             t = t if isinstance(t, Tensor) else torch.tensor([t])  # as_tensor would recompile at every new number
+            t = t.flatten(1).amax(1) if t.dim() > 1 else t  # one per token: those of a given frame are not noisy
             t = t.to(sample.device).reshape(-1).float() * self.scale
             self.binding.route_to(t.expand(sample.shape[0]) if t.shape[0] == 1 else t)
+        elif not self.binding.is_bound:
+            self.binding.routing = None  # the denoiser's latest timestep is not that of a text
         if torch.is_grad_enabled():
             self._keep_routing_through_checkpoints(module)
 
@@ -343,26 +331,6 @@ class _RoutedCheckpoint:
 
 def _by_name(networks: Networks) -> dict[str, nn.Module]:
     return {"": networks} if isinstance(networks, nn.Module) else dict(networks)
-
-
-def _match_all(network: nn.Module, targets: Targets) -> list[str]:
-    """`match_targets`, with every reason to refuse."""
-    if any(isinstance(module, MixtureLayer) for module in network.modules()):
-        raise ValueError(f"this {type(network).__name__} already carries a mixture of experts; detach it first")
-    names = match_targets(network, targets)
-    patterns = [targets] if isinstance(targets, str) else list(targets)
-    unmatched = [p for p in patterns if not isinstance(targets, str) and not _any_ends(names, p)]
-    if names and not unmatched:
-        return names
-    leaves = {name.rsplit(".", 1)[-1] for name, m in network.named_modules() if name and not list(m.children())}
-    raise ValueError(
-        f"target modules {unmatched or patterns} match no layer of this {type(network).__name__};"
-        f" its layers end in: {', '.join(sorted(leaves))}"
-    )
-
-
-def _any_ends(names: list[str], target: str) -> bool:
-    return any(name == target or name.endswith(f".{target}") for name in names)
 
 
 def _find_argument(model: nn.Module, argument: str) -> tuple[str, int | None]:

@@ -6,7 +6,8 @@ from timestep_experts.models.flux import Flux
 from timestep_experts.models.noise import DiscreteNoise, FlowNoise, NoiseProcess
 from timestep_experts.models.outline import Outline, read_outline
 from timestep_experts.models.pixart import PixArt, PixArtSigma
-from timestep_experts.models.registry import FAMILIES, load_family
+from timestep_experts.models.quantization import Quantization
+from timestep_experts.models.registry import FAMILIES, load_family, sampling_options_of
 from timestep_experts.models.stable_diffusion import StableDiffusion
 from timestep_experts.models.stable_diffusion_3 import StableDiffusion3
 from timestep_experts.models.stable_diffusion_xl import StableDiffusionXL
@@ -25,6 +26,7 @@ __all__ = [
     "Outline",
     "PixArt",
     "PixArtSigma",
+    "Quantization",
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
@@ -33,5 +35,6 @@ __all__ = [
     "load_family",
     "owned_intervals",
     "read_outline",
+    "sampling_options_of",
     "timestep_scale_of",
 ]

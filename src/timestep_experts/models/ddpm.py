@@ -16,13 +16,19 @@ from timestep_experts.models.noise import DiscreteNoise
 class DDPM(Family):
     """A `Family` around a `DDPMPipeline` (or `DDIMPipeline`, which loads the same folders).
 
-    Captions are ignored, unless the network knows classes: then a caption is the number of a class.
+    Captions are ignored, unless the network knows classes: then a caption is the number of a class,
+    and none may be dropped.
     """
 
     pipeline_class = DDPMPipeline
     autoencoder_name = None
     text_encoder_names = ()
     tokenizer_names = ()
+
+    @property
+    def has_empty_caption(self) -> bool:
+        """Not where captions are classes: an empty one is class 0."""
+        return self.parts.unet.config.num_class_embeds is None
 
     def make_noise(self) -> DiscreteNoise:
         """See `Family`."""

@@ -39,11 +39,19 @@ def token_ids(tokenizer: Any, captions: Sequence[str], max_length: int | None = 
 
 def cast(features: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     """Floating-point features in the dtype and everything on the device of a module."""
-    first = next(module.parameters())
-    dtype = first.dtype
+    first = next(p for p in module.parameters() if p.is_floating_point())  # quantised weights are whole numbers
     return {
-        name: value.to(first.device, dtype if value.is_floating_point() else None) for name, value in features.items()
+        name: value.to(first.device, first.dtype if value.is_floating_point() else None)
+        for name, value in features.items()
     }
+
+
+def plain_tensors(value: Any) -> list[Tensor]:
+    """The tensors that a quantised one is made of, in a fixed order; a plain tensor is made of itself."""
+    if not hasattr(value, "__tensor_flatten__"):
+        return [value] if isinstance(value, Tensor) else []
+    names, _ = value.__tensor_flatten__()
+    return [tensor for name in names for tensor in plain_tensors(getattr(value, name))]
 
 
 def encode_two_clips(pipeline: Any, tokens: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor]]:

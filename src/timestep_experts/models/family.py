@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -14,14 +15,19 @@ from typing_extensions import Self
 
 from timestep_experts.intervals import Interval
 from timestep_experts.mixture import bound_to
-from timestep_experts.models.encoding import cast, encode_posterior_mean
+from timestep_experts.models.encoding import cast, encode_posterior_mean, plain_tensors
+from timestep_experts.models.files import check_folder, check_single_file, check_weights
 from timestep_experts.models.noise import NoiseProcess
+from timestep_experts.models.quantization import Quantization, quantised_names, quantization_config
 
 Conditioning: TypeAlias = Mapping[str, Tensor]
 """Text features by name, batch first."""
 
 TIMESTEP_SCALES: Mapping[str, float] = {"FluxTransformer2DModel": 1000.0}
 """Denoisers that are not called with t itself: what their ``timestep`` is multiplied by to give t."""
+
+SECOND_DENOISERS = ("transformer_2",)
+"""Further denoisers that a pipeline may have, by name."""
 
 _LATENT_FACTS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
@@ -42,9 +48,13 @@ class Family(ABC):
     autoencoder_name: ClassVar[str | None] = "vae"
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     tokenizer_names: ClassVar[tuple[str, ...]] = ("tokenizer",)
-    is_video: ClassVar[bool] = False
+    default_num_frames: ClassVar[int | None] = None
     timestep_scale: ClassVar[float] = 1.0
+    max_sequence_length: int | None = None
+    """Tokens of the long text encoder (T5); ``None`` where a tokenizer's own length is the only one."""
     loading_options: ClassVar[Mapping[str, Any]] = {}
+    sampling_options: ClassVar[Mapping[str, Any]] = {}
+    """What the pipeline must be told to draw for the same text and at the same size as in training."""
 
     def __init__(self, parts: Any, source: str = "a pipeline in memory") -> None:
         self.parts = parts
@@ -56,17 +66,52 @@ class Family(ABC):
         self.noise = self.make_noise()
 
     @classmethod
-    def load(cls, source: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Self:
+    def load(
+        cls,
+        source: str,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        quantization: Quantization | None = None,
+    ) -> Self:
         """Load a diffusers folder, a hub id, or a single ``.safetensors`` file.
 
         Raises:
-            ValueError: it cannot be loaded, or its objective is not this family's.
+            ValueError: it cannot be loaded, or not quantised here, or its objective is not this family's.
         """
         kind: Any = cls.pipeline_class
         load = kind.from_single_file if Path(source).suffix == ".safetensors" else kind.from_pretrained
         try:
+            if quantization is not None and Path(source).suffix == ".safetensors":
+                raise ValueError(f"base quantization {quantization!r} needs a folder or a hub id, not a single file")
+            cls._check_files(Path(source))
             options = {**cls.loading_options, **cls._left_out(source)}
-            pipeline = load(source, dtype=dtype, **options).to(device)
+            if quantization is not None:
+                options["quantization_config"] = cls._quantised(source, device, dtype, quantization)
+            pipeline = load(source, dtype=dtype, **options)
+            check_weights(Path(source), {k: v for k, v in pipeline.components.items() if isinstance(v, nn.Module)})
+            pipeline.to(device)
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"cannot load a {kind.__name__} from {source!r}: {error}") from error
+        return cls(pipeline, source)
+
+    @classmethod
+    def _check_files(cls, source: Path) -> None:
+        if source.suffix == ".safetensors":
+            check_single_file(source)
+        elif source.is_dir():
+            needed = (cls.denoiser_name, cls.autoencoder_name, *cls.text_encoder_names, *cls.tokenizer_names)
+            check_folder(source, cls.pipeline_class, [name for name in needed if name], cls.loading_options)
+
+    @classmethod
+    def around(cls, source: str, networks: Mapping[str, nn.Module | None]) -> Self:
+        """A family of networks made elsewhere, or left out; the rest of its pipeline is loaded.
+
+        Raises:
+            ValueError: the rest cannot be loaded.
+        """
+        kind: Any = cls.pipeline_class
+        try:
+            pipeline = kind.from_pretrained(source, **{**cls.loading_options, **cls._left_out(source), **networks})
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"cannot load a {kind.__name__} from {source!r}: {error}") from error
         return cls(pipeline, source)
@@ -79,6 +124,18 @@ class Family(ABC):
         kind: Any = cls.pipeline_class
         index = kind.load_config(source)
         return {name: None for name in (*cls.text_encoder_names, *cls.tokenizer_names) if index.get(name) == [None] * 2}
+
+    @classmethod
+    def _quantised(cls, source: str, device: torch.device, dtype: torch.dtype, kind: Quantization) -> Any:
+        """The configuration that quantises denoisers and T5s."""
+        pipeline: Any = cls.pipeline_class
+        names = quantised_names(pipeline.load_config(source), (cls.denoiser_name, *SECOND_DENOISERS))
+        return quantization_config(kind, names, dtype, device)
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it draws clips."""
+        return self.default_num_frames is not None
 
     @property
     def denoiser(self) -> nn.Module:
@@ -103,21 +160,53 @@ class Family(ABC):
         return {name: module for name, module in modules.items() if module is not None}
 
     @property
+    def has_empty_caption(self) -> bool:
+        """Whether the empty caption means that there is none, so that captions may be dropped in training."""
+        return True
+
+    @property
     def device(self) -> torch.device:
         """Of the denoiser."""
         return next(self.denoiser.parameters()).device
 
     @property
-    def default_resolution(self) -> int:
-        """Side in pixels of the pictures that the base draws unless told otherwise."""
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels that the base draws unless told otherwise."""
         config: Any = self.denoiser.config
-        return int(config.sample_size) * int(getattr(self.parts, "vae_scale_factor", 1))
+        side = int(config.sample_size) * int(getattr(self.parts, "vae_scale_factor", 1))
+        return side, side
 
     def checkpoint_gradients(self) -> None:
         """Trade compute for memory: keep the activations of block boundaries alone."""
         for module in self.denoisers.values():
             denoiser: Any = module
             denoiser.enable_gradient_checkpointing()
+
+    @contextmanager
+    def encoders_on(self, device: torch.device, *, with_text: bool = True) -> Iterator[None]:
+        """The autoencoder, and the text encoders if ``with_text``, on some device for a while, then where they were."""
+        autoencoder = {} if self.autoencoder_name is None else {"": getattr(self.parts, self.autoencoder_name)}
+        modules = {**autoencoder, **(self.text_encoders if with_text else {})}.values()
+        homes = [next(module.parameters()).device for module in modules]
+        try:
+            for module in modules:
+                module.to(device)
+            yield
+        finally:
+            for module, home in zip(modules, homes, strict=True):
+                module.to(home)
+
+    def set_max_sequence_length(self, max_sequence_length: int) -> None:
+        """Tokens of the long text encoder, fewer or more than the family's default.
+
+        Raises:
+            ValueError: it is not positive, or the family has no such encoder.
+        """
+        if self.max_sequence_length is None:
+            raise ValueError(f"{self.source}: a {type(self.parts).__name__} takes no max_sequence_length")
+        if max_sequence_length < 1:
+            raise ValueError(f"max_sequence_length must be positive; got {max_sequence_length}")
+        self.max_sequence_length = max_sequence_length
 
     def pipeline(self) -> Any:
         """The diffusers pipeline around the same modules."""
@@ -130,7 +219,8 @@ class Family(ABC):
             module = getattr(self.parts, name) if name else None
             for key, value in module.state_dict().items() if module else ():
                 digest.update(key.encode())
-                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+                for tensor in plain_tensors(value):
+                    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         for name in self.tokenizer_names:
             tokenizer = getattr(self.parts, name)
             if tokenizer is not None:
@@ -142,9 +232,8 @@ class Family(ABC):
 
     @torch.no_grad()
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """Text features of each caption, fp32 where they are numbers, as the pipeline computes them."""
-        features = self.encode_text(self.tokenize(captions))
-        return {name: value.float() if value.is_floating_point() else value for name, value in features.items()}
+        """Text features of each caption as the pipeline computes them, in the encoders' dtype."""
+        return self.encode_text(self.tokenize(captions))
 
     def features_at(self, tokens: Mapping[str, Tensor], t: Tensor) -> dict[str, Tensor]:
         """`encode_text` by the experts in charge at ``t (B,)``, each caption's own; gradients reach them."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from diffusers import FluxPipeline
@@ -26,13 +25,14 @@ class Flux(Family):
     text_encoder_names = ("text_encoder", "text_encoder_2")
     tokenizer_names = ("tokenizer", "tokenizer_2")
     timestep_scale = TIMESTEP_SCALES["FluxTransformer2DModel"]
-    max_sequence_length: ClassVar[int] = 512
+    max_sequence_length: int = 512
     guidance: float = 1.0
 
     @property
-    def default_resolution(self) -> int:
+    def default_size(self) -> tuple[int, int]:
         """The transformer is bound to no size; the pipeline has one."""
-        return int(self.parts.default_sample_size * self.parts.vae_scale_factor)
+        side = int(self.parts.default_sample_size * self.parts.vae_scale_factor)
+        return side, side
 
     def make_noise(self) -> FlowNoise:
         """See `Family`."""

@@ -11,8 +11,12 @@ import transformers
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from timestep_experts.models.family import Family
+from timestep_experts.intervals import Interval
+from timestep_experts.models.family import SECOND_DENOISERS, Family
+from timestep_experts.models.quantization import quantised_names
 from timestep_experts.models.registry import FAMILIES
+from timestep_experts.models.video_crafter import FpsUNet3DConditionModel
+from timestep_experts.models.wan import split_at
 
 
 @dataclass(frozen=True)
@@ -23,13 +27,46 @@ class Outline:
         family: the base model's.
         denoisers: by name, on the meta device.
         text_encoders: by name, on the meta device.
+        autoencoders: by name, on the meta device: one or none.
+        owned_intervals: of each denoiser, where there are several.
         num_train_timesteps: T.
+        source: whose they are.
+        quantised: names of the parts that a quantised base has quantised.
     """
 
     family: type[Family]
     denoisers: dict[str, nn.Module]
     text_encoders: dict[str, nn.Module]
+    autoencoders: dict[str, nn.Module]
+    owned_intervals: dict[str, Interval]
     num_train_timesteps: int
+    source: str
+    quantised: tuple[str, ...]
+
+    def cast_to(self, dtype: torch.dtype) -> None:
+        """All networks in another dtype, but for the parts that diffusers keeps in fp32."""
+        for network in self._networks().values():
+            kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+            for name, parameter in network.named_parameters():
+                if kept.isdisjoint(name.split(".")):
+                    parameter.data = parameter.data.to(dtype)
+
+    def make_family(self, *, with_second_denoiser: bool = True) -> Family:
+        """A family around these networks: it can be asked for anything that needs no weights.
+
+        Tokenizers are loaded.
+
+        Args:
+            with_second_denoiser: keep the further denoiser of a base that has two.
+
+        Raises:
+            ValueError: what is loaded is missing or unreadable.
+        """
+        left_out = {} if with_second_denoiser else {name: None for name in SECOND_DENOISERS if name in self.denoisers}
+        return self.family.around(self.source, {**self._networks(), **left_out})
+
+    def _networks(self) -> dict[str, nn.Module]:
+        return {**self.denoisers, **self.text_encoders, **self.autoencoders}
 
 
 def read_outline(source: str) -> Outline:
@@ -44,19 +81,33 @@ def read_outline(source: str) -> Outline:
     try:
         index = DiffusionPipeline.load_config(source)
         family = FAMILIES[index["_class_name"]]
-        names = {family.denoiser_name, *family.text_encoder_names, "transformer_2"}
+        denoisers = (family.denoiser_name, *SECOND_DENOISERS)
+        names = {
+            *denoisers,
+            *family.text_encoder_names,
+            *([family.autoencoder_name] if family.autoencoder_name else []),
+        }
         networks = {n: _empty(source, n, *index[n]) for n in sorted(names) if n in index and index[n][1]}
         scheduler = _scheduler(source, index)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"cannot load a pipeline from {source!r}: {error}") from error
-    encoders = {name: networks.pop(name) for name in family.text_encoder_names if name in networks}
-    return Outline(family, networks, encoders, int(scheduler.config["num_train_timesteps"]))
+    total = int(scheduler.config["num_train_timesteps"])
+    return Outline(
+        family=family,
+        denoisers={name: networks[name] for name in denoisers if name in networks},
+        text_encoders={name: networks[name] for name in family.text_encoder_names if name in networks},
+        autoencoders={name: networks[name] for name in [family.autoencoder_name] if name in networks},
+        owned_intervals=split_at(index["boundary_ratio"], total) if "transformer_2" in networks else {},
+        num_train_timesteps=total,
+        source=source,
+        quantised=tuple(quantised_names(index, denoisers)),
+    )
 
 
 def _empty(source: str, name: str, library: str, kind: str) -> nn.Module:
     with torch.device("meta"):
-        if library == "diffusers":
-            cls: Any = getattr(diffusers, kind)
+        if library == "diffusers" or kind == FpsUNet3DConditionModel.__name__:
+            cls: Any = getattr(diffusers, kind, FpsUNet3DConditionModel)
             module: nn.Module = cls.from_config(cls.load_config(source, subfolder=name))
             return module
         config = transformers.AutoConfig.from_pretrained(source, subfolder=name)

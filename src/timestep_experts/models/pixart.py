@@ -22,7 +22,8 @@ class PixArt(Family):
 
     pipeline_class = PixArtAlphaPipeline
     denoiser_name = "transformer"
-    max_sequence_length: ClassVar[int] = 120
+    sampling_options: ClassVar = {"clean_caption": False, "use_resolution_binning": False}
+    max_sequence_length: int = 120
 
     def make_noise(self) -> DiscreteNoise:
         """See `Family`."""

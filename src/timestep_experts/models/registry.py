@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,6 +13,7 @@ from timestep_experts.models.ddpm import DDPM
 from timestep_experts.models.family import Family
 from timestep_experts.models.flux import Flux
 from timestep_experts.models.pixart import PixArt, PixArtSigma
+from timestep_experts.models.quantization import Quantization
 from timestep_experts.models.stable_diffusion import StableDiffusion
 from timestep_experts.models.stable_diffusion_3 import StableDiffusion3
 from timestep_experts.models.stable_diffusion_xl import StableDiffusionXL
@@ -32,19 +35,22 @@ FAMILIES: dict[str, type[Family]] = {
 """The family of each pipeline, by the ``_class_name`` in a folder's ``model_index.json``."""
 
 
-def load_family(source: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Family:
+def load_family(
+    source: str, device: torch.device, dtype: torch.dtype = torch.float32, quantization: Quantization | None = None
+) -> Family:
     """Load a base model of any family.
 
     Args:
         source: a diffusers folder, a hub id, or a single ``.safetensors`` file of Stable Diffusion 1.x or 2.x.
         device: where to.
         dtype: of all parts.
+        quantization: of the denoisers and of T5s; ``None`` keeps them in ``dtype``.
 
     Raises:
         ValueError: it is no pipeline or none of `FAMILIES`, or it cannot be loaded.
     """
     if Path(source).suffix == ".safetensors":
-        return StableDiffusion.load(source, device, dtype)
+        return StableDiffusion.load(source, device, dtype, quantization)
     supported = f"supported are folders and hub ids of {', '.join(FAMILIES)}, and .safetensors files of the first"
     try:
         name = DiffusionPipeline.load_config(source)["_class_name"]
@@ -54,4 +60,10 @@ def load_family(source: str, device: torch.device, dtype: torch.dtype = torch.fl
         ) from error
     if name not in FAMILIES:
         raise ValueError(f"cannot load a pipeline from {source!r}: its model_index.json names {name!r}; {supported}")
-    return FAMILIES[name].load(source, device, dtype)
+    return FAMILIES[name].load(source, device, dtype, quantization)
+
+
+def sampling_options_of(pipeline: Any) -> Mapping[str, Any]:
+    """`Family.sampling_options` of a pipeline's family; none for a pipeline of no family."""
+    names = (kind.__name__ for kind in type(pipeline).__mro__)
+    return next((FAMILIES[name].sampling_options for name in names if name in FAMILIES), {})

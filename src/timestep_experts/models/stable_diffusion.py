@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
@@ -14,10 +14,27 @@ from timestep_experts.models.noise import DiscreteNoise
 
 
 class StableDiffusion(Family):
-    """A `Family` around a `StableDiffusionPipeline`."""
+    """A `Family` around a `StableDiffusionPipeline`.
+
+    Args:
+        parts: the pipeline.
+        source: where it was loaded from.
+
+    Raises:
+        ValueError: the UNet attends to features of another width than the text encoder gives, as that of SDXL would.
+    """
 
     pipeline_class = StableDiffusionPipeline
     loading_options: ClassVar = {"safety_checker": None, "requires_safety_checker": False}
+
+    def __init__(self, parts: Any, source: str = "a pipeline in memory") -> None:
+        super().__init__(parts, source)
+        wanted, given = parts.unet.config.cross_attention_dim, parts.text_encoder.config.hidden_size
+        if wanted != given:
+            raise ValueError(
+                f"{source}: its UNet attends to text features of width {wanted}, its text encoder gives {given};"
+                " they are not of one Stable Diffusion"
+            )
 
     def make_noise(self) -> DiscreteNoise:
         """See `Family`."""

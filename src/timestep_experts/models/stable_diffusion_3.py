@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -22,7 +21,7 @@ class StableDiffusion3(Family):
     denoiser_name = "transformer"
     text_encoder_names = ("text_encoder", "text_encoder_2", "text_encoder_3")
     tokenizer_names = ("tokenizer", "tokenizer_2", "tokenizer_3")
-    max_sequence_length: ClassVar[int] = 256
+    max_sequence_length: int = 256
 
     def make_noise(self) -> FlowNoise:
         """See `Family`."""

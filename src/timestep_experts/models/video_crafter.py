@@ -1,10 +1,13 @@
 """VideoCrafter2: UNet3DConditionModel, OpenCLIP ViT-H as CLIPTextModel, AutoencoderKL frame by frame; predicts noise.
 
 What it adds to Stable Diffusion: the signal fades faster than the schedule says, and the frame rate is a condition.
+A scheduler's configuration says the first by an entry `LEAST_SIGNAL`; without it the base is one of the same form, such
+as ModelScope's text-to-video, whose signal does not fade.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial, wraps
 from types import MethodType
@@ -20,19 +23,23 @@ from torch.utils.checkpoint import checkpoint
 from timestep_experts.models.encoding import cast, encode_posterior_mean, token_ids
 from timestep_experts.models.family import Family
 from timestep_experts.models.noise import DiscreteNoise, per_sample
+from timestep_experts.models.quantization import is_quantised
 
 FPS = 28.0
 """Frames per second that VideoCrafter2's own script asks for."""
 
-_FADING_STEPS, _LEAST_SIGNAL = 400, 0.7
+LEAST_SIGNAL = "least_signal"
+"""The entry of a scheduler's configuration that holds the last s_t: .7 for VideoCrafter2."""
+
+_FADING_STEPS = 400
 _CHECKPOINT = "_gradient_checkpointing_func"  # diffusers' name, by which experts find it and hold on to their timesteps
 _CHECKPOINTED = ("resnets", "temp_convs", "attentions", "temp_attentions")
 
 
-def signal_scale(num_train_timesteps: int = 1000) -> Tensor:
-    """What the latents are multiplied by at each t: from 1 to .7 in 400 even steps, then .7; ``(T,)`` fp32."""
+def signal_scale(num_train_timesteps: int = 1000, least: float = 0.7) -> Tensor:
+    """What the latents are multiplied by at each t: from 1 to ``least`` in 400 even steps, then that; ``(T,)`` fp32."""
     fading = torch.arange(num_train_timesteps, dtype=torch.double) / (_FADING_STEPS - 1)
-    return (1 - (1 - _LEAST_SIGNAL) * fading.clamp(max=1)).float()
+    return (1 - (1 - least) * fading.clamp(max=1)).float()
 
 
 class ScaledSignalDDIMScheduler(DDIMScheduler):  # type: ignore[misc]
@@ -65,31 +72,54 @@ class ScaledSignalDDIMScheduler(DDIMScheduler):  # type: ignore[misc]
         )
         before = int(timestep) - self.config.num_train_timesteps // self.num_inference_steps
         alpha = self.alphas_cumprod[before] if before >= 0 else self.final_alpha_cumprod
-        scales = signal_scale(self.config.num_train_timesteps)
+        scales = signal_scale_of(self)
         clean = scaled / scales[int(timestep)].item()
         previous = previous + alpha**0.5 * (scales[max(before, 0)].item() * clean - scaled)
         return DDIMSchedulerOutput(previous, clean) if return_dict else (previous, clean)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """``sqrt(a_t) s_t x0 + sqrt(1 - a_t) noise``."""
-        scales = signal_scale(self.config.num_train_timesteps).to(timesteps.device)[timesteps]
+        scales = signal_scale_of(self).to(timesteps.device)[timesteps]
         noisy: Tensor = super().add_noise(original_samples * per_sample(scales, original_samples), noise, timesteps)
         return noisy
+
+
+def _signature_with_fps() -> inspect.Signature:
+    own = inspect.signature(UNet3DConditionModel.__init__)
+    fps = inspect.Parameter("fps", inspect.Parameter.KEYWORD_ONLY, default=FPS)
+    return own.replace(parameters=[*own.parameters.values(), fps])
+
+
+def signal_scale_of(scheduler: Any) -> Tensor:
+    """`signal_scale` as a scheduler's configuration has it: all 1 without an entry `LEAST_SIGNAL`."""
+    return signal_scale(scheduler.config.num_train_timesteps, float(scheduler.config.get(LEAST_SIGNAL, 1)))
 
 
 class FpsUNet3DConditionModel(UNet3DConditionModel):  # type: ignore[misc]
     """A UNet3DConditionModel with VideoCrafter2's ``fps_embedding``, which is added to the time embedding.
 
-    ``fps`` is the rate that it is told, for all clips; `fold_fps` makes it part of the weights.
+    ``fps`` is the rate that it is told, for all clips, and a part of its configuration; `fold_fps` makes it part of
+    the weights.
     """
 
-    @wraps(UNet3DConditionModel.__init__)  # type: ignore[misc]  # its signature decides what is read from a config
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    @wraps(UNet3DConditionModel.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, fps: float = FPS, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         first = self.time_embedding.linear_1
         self.fps_embedding = TimestepEmbedding(first.in_features, first.out_features)
-        self.fps = FPS
+        self.fps = fps
         self.time_embedding.register_forward_hook(self._add_fps)
+
+    __init__.__signature__ = _signature_with_fps()  # type: ignore[attr-defined]  # decides what is read from a config
+
+    @property
+    def fps(self) -> float:
+        """Frames per second."""
+        return float(self.config["fps"])
+
+    @fps.setter
+    def fps(self, fps: float) -> None:
+        self.register_to_config(fps=float(fps))
 
     def embed_fps(self, fps: Tensor) -> Tensor:
         """What frame rates ``(B,)`` add to the time embedding, ``(B, d)``."""
@@ -107,12 +137,17 @@ def fold_fps(unet: FpsUNet3DConditionModel, fps: float) -> UNet3DConditionModel:
 
     Returns:
         A plain UNet3DConditionModel that shares the other weights.
+
+    Raises:
+        ValueError: the network is quantised.
     """
+    if is_quantised(unet):
+        raise ValueError(f"a quantised {type(unet).__name__} cannot be folded; fold it before, in fp32 or bf16")
     bias = "time_embedding.linear_2.bias"
     state = {name: value for name, value in unet.state_dict().items() if not name.startswith("fps_embedding.")}
     state[bias] = state[bias] + unet.embed_fps(torch.tensor([fps], device=state[bias].device))[0]
     with torch.device("meta"):
-        folded = UNet3DConditionModel.from_config(unet.config)
+        folded = UNet3DConditionModel.from_config({k: v for k, v in unet.config.items() if k != "fps"})
     folded.load_state_dict(state, assign=True)
     plain: UNet3DConditionModel = folded.train(unet.training)
     return plain
@@ -164,7 +199,7 @@ class VideoCrafter(Family):
     """
 
     pipeline_class = TextToVideoSDPipeline
-    is_video = True
+    default_num_frames = 16
 
     def __init__(self, parts: Any, source: str = "a pipeline in memory", fps: float | None = None) -> None:
         if fps is not None and not isinstance(parts.unet, FpsUNet3DConditionModel):
@@ -172,9 +207,12 @@ class VideoCrafter(Family):
         if fps is not None:
             parts.unet.fps = fps
         super().__init__(parts, source)
-        scheduler = ScaledSignalDDIMScheduler.from_config(parts.scheduler.config, clip_sample=False, thresholding=False)
-        self._drawing = TextToVideoSDPipeline(**{**parts.components, "scheduler": scheduler})
-        self._drawing.set_progress_bar_config(disable=True)
+        self._drawing = parts
+        if LEAST_SIGNAL in parts.scheduler.config:
+            kind = ScaledSignalDDIMScheduler
+            scheduler = kind.from_config(parts.scheduler.config, clip_sample=False, thresholding=False)
+            self._drawing = TextToVideoSDPipeline(**{**parts.components, "scheduler": scheduler})
+            self._drawing.set_progress_bar_config(disable=True)
 
     @property
     def fps(self) -> float | None:
@@ -182,17 +220,16 @@ class VideoCrafter(Family):
         return getattr(self.parts.unet, "fps", None)
 
     @property
-    def default_resolution(self) -> int:
-        """The shorter side of 512 x 320."""
-        return 320
+    def default_size(self) -> tuple[int, int]:
+        """VideoCrafter2's 320 x 512, unless the denoiser's configuration names the side of its latents."""
+        return (320, 512) if self.parts.unet.config.sample_size is None else super().default_size
 
     def make_noise(self) -> DiscreteNoise:
-        """See `Family`."""
-        scheduler = self.parts.scheduler
-        return DiscreteNoise(scheduler, self.source, signal_scale(scheduler.config.num_train_timesteps))
+        """See `Family`; the latents are scaled where the scheduler says so."""
+        return DiscreteNoise(self.parts.scheduler, self.source, signal_scale_of(self.parts.scheduler))
 
     def pipeline(self) -> Any:
-        """A pipeline of the same modules that samples by `ScaledSignalDDIMScheduler`."""
+        """A pipeline of the same modules that samples by `ScaledSignalDDIMScheduler` where the signal fades."""
         return self._drawing
 
     def checkpoint_gradients(self) -> None:

@@ -6,7 +6,7 @@ Wan 2.2 has two denoisers: ``transformer`` for high noise, ``transformer_2`` bel
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from diffusers import WanPipeline
@@ -27,8 +27,8 @@ class Wan(Family):
 
     pipeline_class = WanPipeline
     denoiser_name = "transformer"
-    is_video = True
-    max_sequence_length: ClassVar[int] = 512
+    default_num_frames = 81
+    max_sequence_length: int = 512
 
     @property
     def denoisers(self) -> dict[str, nn.Module]:
@@ -42,9 +42,9 @@ class Wan(Family):
         return owned_intervals(self.parts)
 
     @property
-    def default_resolution(self) -> int:
-        """The shorter side of 832 x 480."""
-        return 480
+    def default_size(self) -> tuple[int, int]:
+        """The pipeline's."""
+        return 480, 832
 
     def make_noise(self) -> FlowNoise:
         """The scheduler's T and flow shift.
@@ -129,8 +129,13 @@ def owned_intervals(pipeline: Any) -> dict[str, Interval]:
     ratio = pipeline.config.get("boundary_ratio")
     if ratio is None or not 0 < ratio < 1:
         raise ValueError(f"two transformers need a boundary_ratio between 0 and 1; this pipeline's is {ratio}")
-    total = int(pipeline.scheduler.config.num_train_timesteps)
-    return {"transformer": Interval(ratio * total, total), "transformer_2": Interval(0, ratio * total)}
+    return split_at(ratio, int(pipeline.scheduler.config.num_train_timesteps))
+
+
+def split_at(boundary_ratio: float, num_train_timesteps: int) -> dict[str, Interval]:
+    """The timesteps of Wan 2.2's two denoisers, by name."""
+    boundary = boundary_ratio * num_train_timesteps
+    return {"transformer": Interval(boundary, num_train_timesteps), "transformer_2": Interval(0, boundary)}
 
 
 def _denoise(transformer: Any, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor:

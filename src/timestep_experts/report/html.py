@@ -35,8 +35,8 @@ class ReportContent:
         intervals: the reported ones, from low to high noise, in units of t.
         training_logs: records with ``num_images_seen`` and ``loss``, by ``arm, stage``.
         prompts: what pictures were drawn for, P of them.
-        pictures: ``(K, H, W, 3)`` uint8 by row label, K at most P, in the order of the prompts; ``real`` holds the
-            true ones.
+        pictures: ``(K, H, W, 3)`` uint8, of clips ``(K, F, H, W, 3)``, by row label, K at most P, in the order of the
+            prompts; ``real`` holds the true ones.
         notes: sentences on how to read the numbers.
         skipped: (place, reason) of unusable files.
         environment: versions and hardware by name.

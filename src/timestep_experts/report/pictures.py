@@ -59,10 +59,17 @@ def resize_to_view(picture: NDArray[np.uint8], min_side: int = MIN_SIDE, max_sid
 
 
 def to_data_uri(picture: NDArray[np.uint8]) -> str:
-    """An ``(H, W, 3)`` picture as a ``data:image/png`` address, 128 to 256 pixels wide."""
+    """An ``(H, W, 3)`` picture, or an ``(F, H, W, 3)`` clip that moves, as a ``data:`` address, 128 to 256 pixels wide.
+
+    A picture is a PNG; a clip is an animated WebP of 8 frames per second, which repeats.
+    """
     buffer = io.BytesIO()
-    resize_to_view(picture, 128, 256).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    if picture.ndim == 3:
+        resize_to_view(picture, 128, 256).save(buffer, format="PNG", optimize=True)
+        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    first, *others = (resize_to_view(frame, 128, 256) for frame in picture)
+    first.save(buffer, format="WEBP", save_all=True, append_images=others, duration=125, loop=0, quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _compose(images: Sequence[Image.Image], captions: Sequence[str], columns: int) -> Image.Image:

@@ -2,7 +2,8 @@
 
 from timestep_experts.training.assemble import AssembleSettings, assemble
 from timestep_experts.training.foster import FosterMethod, FosterSettings, foster
-from timestep_experts.training.loop import LoopSettings, OptimiserSettings
+from timestep_experts.training.loop import LoopSettings
+from timestep_experts.training.optimiser import OptimiserSettings
 
 __all__ = [
     "AssembleSettings",

@@ -18,6 +18,7 @@ from torch import Tensor
 from timestep_experts.formats.atomic import atomic_path, write_json, write_tensors
 
 _STATE, _EXPERTS, _OPTIMISER = "state.json", "experts.safetensors", "optimizer.safetensors"
+_KIND = "tensor class"
 
 
 def save_checkpoint(
@@ -89,24 +90,70 @@ def require_same_identity(stored: Mapping[str, Any], wanted: Mapping[str, Any], 
 
 
 def flatten_optimiser_state(optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split any torch optimiser's state into tensors and plain numbers, both named ``<parameter>.<entry>``."""
+    """Split any optimiser's state into tensors and plain numbers, both named ``<parameter>.<entry>[.<part>]``.
+
+    bitsandbytes puts quantised entries into a mapping of their own, torchao into tensors made of tensors: these are
+    taken apart.
+    """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
-    for index, entries in optimiser.state_dict()["state"].items():
-        for name, value in entries.items():
-            (tensors if isinstance(value, Tensor) else numbers)[f"{index}.{name}"] = value
+    _take_apart("", optimiser.state_dict()["state"], tensors, numbers)
     return tensors, numbers
+
+
+def _take_apart(path: str, value: Any, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            _take_apart(f"{path}.{name}".lstrip("."), part, tensors, numbers)
+    elif hasattr(value, "__tensor_flatten__"):
+        names, context = value.__tensor_flatten__()
+        numbers[f"{path}.{_KIND}"] = [type(value).__name__, *(_to_json(item) for item in context)]
+        for name in names:
+            tensors[f"{path}.{name}"] = getattr(value, name)
+    elif isinstance(value, Tensor):
+        # all parameters of an optimiser of bitsandbytes share one table, which safetensors would refuse to write
+        tensors[path] = value.clone() if path.rpartition(".")[2].startswith("qmap") else value
+    else:
+        numbers[path] = value
 
 
 def unflatten_optimiser_state(
     optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:
     """Undo `flatten_optimiser_state`; parameter groups keep their present settings."""
-    state: dict[int, dict[str, Any]] = {}
+    tree: dict[str, Any] = {}
     for key, value in {**tensors, **numbers}.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+        *parents, name = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    state = {int(index): _put_together(entries) for index, entries in tree.items()}
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
+def _put_together(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if _KIND not in value:
+        return {name: _put_together(part) for name, part in value.items()}
+    name, *context = value.pop(_KIND)
+    from torchao.optim import subclass_4bit, subclass_8bit, subclass_fp8
+
+    modules = (subclass_4bit, subclass_8bit, subclass_fp8)
+    kind: Any = next(getattr(module, name) for module in modules if hasattr(module, name))
+    return kind.__tensor_unflatten__(value, [_from_json(item) for item in context])
+
+
+def _to_json(item: Any) -> Any:
+    """A flag, a shape or a dtype as JSON can hold it."""
+    return str(item) if isinstance(item, torch.dtype) else list(item) if isinstance(item, torch.Size) else item
+
+
+def _from_json(item: Any) -> Any:
+    if isinstance(item, str):
+        return getattr(torch, item.removeprefix("torch."))
+    return torch.Size(item) if isinstance(item, list) else item
 
 
 def _checkpoints(folder: Path) -> list[Path]:

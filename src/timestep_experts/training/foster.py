@@ -34,6 +34,7 @@ class FosterSettings:
         seed: of samples.
         rate_factors: what learning rates are multiplied by on some networks, by name: a text encoder's experts may
             learn at their own rate, with a clip of their own.
+        weight_decays: of some networks, by name, in place of the optimiser's.
     """
 
     method: FosterMethod
@@ -43,6 +44,7 @@ class FosterSettings:
     caption_dropout: float
     seed: int
     rate_factors: Mapping[str, float] = field(default_factory=dict)
+    weight_decays: Mapping[str, float] = field(default_factory=dict)
 
 
 def foster(mixture: Mixture, settings: FosterSettings) -> list[Stage]:
@@ -79,11 +81,13 @@ def _stage(
 def _experts(
     mixture: Mixture, settings: FosterSettings, scale: Scale, strata: Partition, share: float
 ) -> list[Learner]:
-    groups: dict[float, list[str]] = {}
+    groups: dict[tuple[float, float | None], list[str]] = {}
     for network in mixture.networks:
-        groups.setdefault(settings.rate_factors.get(network, 1.0), []).append(network)
+        own = settings.rate_factors.get(network, 1.0), settings.weight_decays.get(network)
+        groups.setdefault(own, []).append(network)
     learners = []
-    for (index, interval), (factor, networks) in product(enumerate(scale.partition.intervals), groups.items()):
+    for (index, interval), (own, networks) in product(enumerate(scale.partition.intervals), groups.items()):
+        factor, weight_decay = own
         owned = sum(interval.covers(stratum) for stratum in strata.intervals)
         learners.append(
             Learner(
@@ -92,6 +96,7 @@ def _experts(
                 learning_rate=settings.learning_rates[scale.name][index] * factor,
                 max_train_steps=max(1, round(settings.max_train_steps[scale.name][index] * share)),
                 gradient_share=1 / owned,
+                weight_decay=weight_decay,
             )
         )
     return learners

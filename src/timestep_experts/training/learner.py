@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -25,6 +26,7 @@ class Learner:
         max_train_steps: its budget; afterwards the optimiser no longer sees it.
         gradient_share: gradients are multiplied by it: 1 / (strata that it owns), so its loss is the mean over its own
             samples while the total is a sum over strata.
+        weight_decay: its own; ``None`` is that of the optimiser's options.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Learner:
     learning_rate: float
     max_train_steps: int
     gradient_share: float = 1.0
+    weight_decay: float | None = None
     leaves: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -41,6 +44,12 @@ class Learner:
                 f" got {self.max_train_steps} and {self.learning_rate}"
             )
         self.leaves = [p.detach() if i is None else p.detach()[i] for p, i in self.slices]
+
+    @property
+    def parameter_group(self) -> dict[str, Any]:
+        """What an optimiser is given."""
+        own = {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
+        return {"params": self.leaves, "lr": self.learning_rate, **own}
 
     def take_gradients(self, max_norm: float | None) -> Tensor:
         """Give the leaves their share of the gradients and clip them by this learner's own norm; returns the norm."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from timestep_experts.data import EncodedPictures
@@ -22,48 +22,12 @@ from timestep_experts.models import Family
 from timestep_experts.objectives import squared_error
 from timestep_experts.training.batches import Batch, BatchPlan, generator_for
 from timestep_experts.training.checkpoint import load_latest_checkpoint, require_same_identity, save_checkpoint
+from timestep_experts.training.finite import FiniteWatch
 from timestep_experts.training.learner import Learner, learning_rate_factor
 from timestep_experts.training.log import RunLog
+from timestep_experts.training.optimiser import OptimiserSettings, set_learning_rate
 
 Precision = Literal["no", "bf16"]
-
-
-@dataclass(frozen=True)
-class OptimiserSettings:
-    """Any optimiser of ``torch.optim``, by name.
-
-    Args:
-        name: e.g. ``AdamW``.
-        options: its keyword arguments, but for the learning rate.
-        lr_scheduler: a schedule of diffusers, e.g. ``constant``, ``constant_with_warmup``, ``linear``, ``cosine``.
-        lr_warmup_steps: of the schedule.
-        max_grad_norm: per learner; ``None`` clips nothing.
-    """
-
-    name: str = "AdamW"
-    options: Mapping[str, Any] = field(default_factory=lambda: {"weight_decay": 1e-2})
-    lr_scheduler: str = "constant"
-    lr_warmup_steps: int = 0
-    max_grad_norm: float | None = 1.0
-
-    def build(self, learners: Sequence[Learner]) -> torch.optim.Optimizer:
-        """One parameter group per learner; the fused implementation where there is one.
-
-        Raises:
-            ValueError: no such optimiser, or it does not take one of the options.
-        """
-        kind = getattr(torch.optim, self.name, None)
-        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-            raise ValueError(f"torch.optim has no optimiser {self.name!r}")
-        accepted = inspect.signature(kind).parameters
-        unknown = [name for name in self.options if name not in accepted]
-        if unknown:
-            raise ValueError(f"{self.name} takes no {', '.join(unknown)}; it takes {', '.join(accepted)}")
-        options = dict(self.options)
-        if "fused" in accepted:
-            options.setdefault("fused", True)
-        groups = [{"params": learner.leaves, "lr": learner.learning_rate} for learner in learners]
-        return kind(groups, **options)
 
 
 @dataclass(frozen=True)
@@ -114,6 +78,10 @@ class Stage:
         """Until the last learner's budget is spent."""
         return max(learner.max_train_steps for learner in self.learners)
 
+    def parameters(self) -> list[nn.Parameter]:
+        """The stacked parameters of which learners own slices, each once."""
+        return list({id(p): p for learner in self.learners for p, _ in learner.slices}.values())
+
 
 def run_stage(
     stage: Stage,
@@ -140,35 +108,37 @@ def run_stage(
         observe: called every ``validation_steps`` and at the end.
 
     Raises:
-        ValueError: the folder holds another run.
+        ValueError: the folder holds another run, captions are to be dropped where there is no empty one, or a loss or
+            gradient is not finite; the last checkpoint is kept then.
     """
+    _require_empty_caption(stage.plan, family)
     result = folder / "result.safetensors"
     if result.is_file():
         require_same_identity(_read_identity(folder), identity, folder)
         mixture.load_state_dict(load_file(result))
         return
     optimiser = optimiser_settings.build(stage.learners)
-    resumed = load_latest_checkpoint(folder, optimiser, identity)
-    if resumed is None:
-        start = 0
-        stage.prepare()
-    else:
-        start, experts = resumed
-        mixture.load_state_dict(experts)
-    stepper = _Stepper(stage, mixture, family, pictures, optimiser, optimiser_settings, settings)
-    with RunLog(folder, start) as log, stepper.gradients():
+    start = _start(stage, mixture, optimiser, folder, identity)
+    watch = _watch(stage, mixture, folder, family.device)
+    stepper = _Stepper(stage, watch, family, pictures, optimiser, optimiser_settings, settings)
+    with RunLog(folder, start) as log, gradients_of(stage, mixture):
         bar = tqdm(range(start, stage.num_steps), desc=stage.name, initial=start, total=stage.num_steps, unit="step")
         for step in bar:
             stepper.step(step)
-            done = step + 1
-            if done % settings.logging_steps == 0 or done == stage.num_steps:
+            done, is_last = step + 1, step + 1 == stage.num_steps
+            is_logged = is_last or _is_due(done, settings.logging_steps)
+            is_saved = _is_due(done, settings.checkpointing_steps) and not is_last
+            is_observed = is_last or _is_due(done, settings.validation_steps)
+            if is_logged or is_saved or is_observed:
+                watch.require()
+            if is_logged:
                 values = stepper.take_log(done)
                 log.write(done, values)
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
-            if settings.checkpointing_steps and done % settings.checkpointing_steps == 0 and done < stage.num_steps:
+            if is_saved:
                 limit = settings.checkpoints_total_limit
                 save_checkpoint(folder, done, mixture.state_dict(), optimiser, identity, limit)
-            if observe and (done == stage.num_steps or _is_due(done, settings.validation_steps)):
+            if observe and is_observed:
                 observe(done, log)
                 stepper.restart_clock()
     write_json(folder / "identity.json", dict(identity))
@@ -181,26 +151,22 @@ class _Stepper:
     def __init__(
         self,
         stage: Stage,
-        mixture: Mixture,
+        watch: FiniteWatch,
         family: Family,
         pictures: EncodedPictures,
         optimiser: torch.optim.Optimizer,
         optimiser_settings: OptimiserSettings,
         settings: LoopSettings,
     ) -> None:
-        self.stage, self.mixture, self.family, self.pictures = stage, mixture, family, pictures
+        self.stage, self.watch, self.family, self.pictures = stage, watch, family, pictures
         self.optimiser, self.settings = optimiser, settings
         self.max_grad_norm = optimiser_settings.max_grad_norm
         self.factors = [
             learning_rate_factor(optimiser_settings.lr_scheduler, optimiser_settings.lr_warmup_steps, steps)
             for steps in (learner.max_train_steps for learner in stage.learners)
         ]
-        self.parameters = {id(p): p for learner in stage.learners for p, _ in learner.slices}
+        self.parameters = stage.parameters()
         self._forget_log()
-
-    def gradients(self) -> _RequiresGrad:
-        """While open, exactly this stage's parameters require gradients."""
-        return _RequiresGrad(self.mixture, list(self.parameters.values()))
 
     def step(self, step: int) -> None:
         """Draw, run, share out the gradients, update."""
@@ -209,28 +175,26 @@ class _Stepper:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator_for(self.stage.plan.seed, self.stage.name, "dropout", step).initial_seed())
             for chunk in batch.chunks(self.settings.gradient_accumulation_steps):
-                self._backward(chunk)
+                self._backward(step, chunk)
+        norms = []
         for group, learner, factor in zip(self.optimiser.param_groups, self.stage.learners, self.factors, strict=True):
             if step < learner.max_train_steps:
-                group["lr"] = learner.learning_rate * factor(step)
-                learner.take_gradients(self.max_grad_norm)
+                set_learning_rate(group, learner.learning_rate * factor(step))
+                norms.append(learner.take_gradients(self.max_grad_norm))
+            else:
+                norms.append(self.loss_sums.new_zeros(()))
+        self.watch.note_gradients(step, norms)
         self.optimiser.step()
         for learner in self.stage.learners:
             learner.drop_gradients()
-        for parameter in self.parameters.values():
+        for parameter in self.parameters:
             parameter.grad = None
 
-    def _backward(self, chunk: Batch) -> None:
-        family, device = self.family, self.family.device
-        latents = self.pictures.latents[chunk.rows].to(device)
-        noise, t = chunk.noise.to(device), chunk.t.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.mixed_precision == "bf16"):
-            conditioning = self.pictures.features_at(family, chunk.rows, t, chunk.dropped)
-            predicted = family.predict(family.noise.add_noise(latents, noise, t), t, conditioning)
-        losses = squared_error(predicted, family.noise.target(latents, noise, t))
-        (losses.sum() / self.stage.plan.samples_per_stratum).backward()  # type: ignore[no-untyped-call]
-        strata = self.stage.plan.strata.index_of(t)
-        self.loss_sums.index_add_(0, strata, losses.detach())
+    def _backward(self, step: int, chunk: Batch) -> None:
+        losses = run_micro_batch(self.stage, self.family, self.pictures, chunk, self.settings.mixed_precision)
+        strata = self.stage.plan.strata.index_of(chunk.t.to(losses.device))
+        self.watch.note_losses(step, strata, losses)
+        self.loss_sums.index_add_(0, strata, losses)
         self.loss_counts.index_add_(0, strata, torch.ones_like(losses))
 
     def take_log(self, step: int) -> dict[str, float]:
@@ -239,7 +203,7 @@ class _Stepper:
         values = {"loss": sum(means) / len(means)}
         if len(means) > 1:
             values |= {f"loss/{stratum}": m for stratum, m in zip(self.stage.plan.strata.intervals, means, strict=True)}
-        active = [group["lr"] for group in self.optimiser.param_groups]
+        active = [float(group["lr"]) for group in self.optimiser.param_groups]
         values |= {"learning_rate": max(active), "seconds": time.perf_counter() - self.started}
         values["num_images_seen"] = step * len(self.stage.plan.strata) * self.stage.plan.samples_per_stratum
         self._forget_log()
@@ -256,21 +220,63 @@ class _Stepper:
         self.restart_clock()
 
 
-class _RequiresGrad:
-    """A context in which exactly some parameters of a mixture require gradients, and its dropout is on."""
+def run_micro_batch(
+    stage: Stage, family: Family, pictures: EncodedPictures, chunk: Batch, precision: Precision
+) -> Tensor:
+    """Forward and backward of a part of a batch; gradients are added to those that are there.
 
-    def __init__(self, mixture: Mixture, parameters: Sequence[Tensor]) -> None:
-        self.mixture, self.parameters = mixture, parameters
+    Returns:
+        The loss of each sample, ``(B,)``, without its graph.
+    """
+    device = family.device
+    latents = pictures.latents[chunk.rows].to(device)
+    noise, t = chunk.noise.to(device), chunk.t.to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        conditioning = pictures.features_at(family, chunk.rows, t, chunk.dropped)
+        predicted = family.predict(family.noise.add_noise(latents, noise, t), t, conditioning)
+    losses = squared_error(predicted, family.noise.target(latents, noise, t))
+    (losses.sum() / stage.plan.samples_per_stratum).backward()  # type: ignore[no-untyped-call]
+    return losses.detach()
 
-    def __enter__(self) -> None:
-        for layer in self.mixture.layers.values():
-            layer.requires_grad_(False).train()
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
 
-    def __exit__(self, *_: object) -> None:
-        for layer in self.mixture.layers.values():
+@contextmanager
+def gradients_of(stage: Stage, mixture: Mixture) -> Iterator[None]:
+    """While open, exactly this stage's parameters require gradients, and dropout is on."""
+    for layer in mixture.layers.values():
+        layer.requires_grad_(False).train()
+    for parameter in stage.parameters():
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for layer in mixture.layers.values():
             layer.requires_grad_(False).eval()
+
+
+def _require_empty_caption(plan: BatchPlan, family: Family) -> None:
+    if plan.caption_dropout and not family.has_empty_caption:
+        raise ValueError(
+            f"{family.source}: every caption of this model is a class, so none can be dropped; caption_dropout must be"
+            f" 0, got {plan.caption_dropout:g}"
+        )
+
+
+def _start(
+    stage: Stage, mixture: Mixture, optimiser: torch.optim.Optimizer, folder: Path, identity: Mapping[str, Any]
+) -> int:
+    """Steps done; experts and optimiser are put where they were then."""
+    resumed = load_latest_checkpoint(folder, optimiser, identity)
+    if resumed is None:
+        stage.prepare()
+        return 0
+    step, experts = resumed
+    mixture.load_state_dict(experts)
+    return step
+
+
+def _watch(stage: Stage, mixture: Mixture, folder: Path, device: torch.device) -> FiniteWatch:
+    learners = [learner.name for learner in stage.learners]
+    return FiniteWatch(stage.name, stage.plan.strata, learners, mixture.spec, folder, device)
 
 
 def _is_due(step: int, every: int | None) -> bool:
