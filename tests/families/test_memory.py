@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,15 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "wan 2.2": lambda: tiny_wan(0.875),
 }
 EVERY = [*FAMILIES, pytest.param("video crafter", marks=pytest.mark.slow)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Attention on a CPU takes a buffer for each thread, which no fake tensor shows."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
