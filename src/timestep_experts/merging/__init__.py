@@ -1,6 +1,7 @@
 """Decouple-then-merge on weights: several fine-tuned copies of one base become one model. Needs torch only."""
 
 from timestep_experts.merging.boundaries import Cut, best_cuts
+from timestep_experts.merging.groups import WeightGroups
 from timestep_experts.merging.live import LiveMerge
 from timestep_experts.merging.lowrank import LowRank, Truncated, truncate, truncate_matrix, weighted_sum
 from timestep_experts.merging.methods import Method, mask_seed, merge_dare, merge_linear, merge_ties, task_vector, trim
@@ -9,6 +10,7 @@ from timestep_experts.merging.search import (
     Ledger,
     Quadratic,
     QuadraticSettings,
+    Weights,
     fit_around,
     fit_quadratic,
     grid,
@@ -31,6 +33,8 @@ __all__ = [
     "Quadratic",
     "QuadraticSettings",
     "Truncated",
+    "WeightGroups",
+    "Weights",
     "best_cuts",
     "fit_around",
     "fit_quadratic",

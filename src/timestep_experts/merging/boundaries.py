@@ -74,5 +74,6 @@ def _check(similarity: Tensor, max_intervals: int) -> int:
     if not similarity.isfinite().all():
         raise ValueError("a similarity matrix must be finite; some gradients were zero, NaN or infinite")
     if not 1 <= max_intervals <= len(similarity):
-        raise ValueError(f"{len(similarity)} bins can be cut into 1 to {len(similarity)} intervals; got {max_intervals}")
+        count = len(similarity)
+        raise ValueError(f"{count} bins can be cut into 1 to {count} intervals; got {max_intervals}")
     return len(similarity)

@@ -28,7 +28,7 @@ class LiveMerge:
 
     def __init__(self, live: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]]) -> None:
         for number, expert in enumerate(experts):
-            check_fit(live, expert, f"expert {number}")
+            check_shapes(live, {name: tuple(value.shape) for name, value in expert.items()}, f"expert {number}")
         changed = [name for name in live if _is_changed(live[name], [expert[name] for expert in experts])]
         self._live = {name: live[name] for name in changed}
         self._base = {name: live[name].detach().to("cpu", copy=True) for name in changed}
@@ -62,8 +62,13 @@ class LiveMerge:
         self.restore()
 
 
-def check_fit(base: Mapping[str, Tensor], expert: Mapping[str, Tensor], where: str) -> None:
+def check_shapes(base: Mapping[str, Tensor], expert: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Refuse an expert of another model.
+
+    Args:
+        base: its tensors.
+        expert: the expert's shapes.
+        where: the expert is, for the error.
 
     Raises:
         ValueError: naming the first tensor that is missing, unknown, or of another shape.
@@ -73,8 +78,8 @@ def check_fit(base: Mapping[str, Tensor], expert: Mapping[str, Tensor], where: s
     if strange := sorted(expert.keys() - base.keys()):
         raise ValueError(f"{where} has {strange[0]}, which the base lacks ({len(strange)} such tensors)")
     for name, tensor in base.items():
-        if expert[name].shape != tensor.shape:
-            shapes = f"{tuple(expert[name].shape)}; the base's is {tuple(tensor.shape)}"
+        if tuple(expert[name]) != tuple(tensor.shape):
+            shapes = f"{tuple(expert[name])}; the base's is {tuple(tensor.shape)}"
             raise ValueError(f"{where}: {name} has shape {shapes}")
 
 

@@ -27,7 +27,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """The r of its factors."""
         return self.down.shape[0]
 
     def by_group(self) -> list[tuple[Tensor, Tensor]]:

@@ -203,9 +203,9 @@ class QuadraticSettings:
 def search_quadratic(ledger: Ledger, num_weights: int, settings: QuadraticSettings) -> Quadratic:
     """Fit a quadratic, go to its minimiser, and fit again with what was seen there, in a trust region.
 
-    An exactly quadratic objective takes `num_coefficients` evaluations and one to confirm. The region, a cube around the
-    best point, begins as the bounds; it halves after a step that gave less than a quarter of what the fit promised, and
-    doubles after one that gave three quarters.
+    An exactly quadratic objective takes `num_coefficients` evaluations and one to confirm. The region, a cube around
+    the best point, begins as the bounds; it halves after a step that gave less than a quarter of what the fit promised,
+    and doubles after one that gave three quarters.
 
     Returns:
         The last fit; what is found is ``ledger.best``.
