@@ -107,7 +107,7 @@ def search(
     boundaries: Boundaries = None,
     bounds: Bounds = "-1,2",
     reach: Reach = 1.0,
-    refinements: Refinements = 6,
+    refinements: Refinements = 10,
     grid: GridValues = "0,0.25,0.5,0.75,1",
     budget: Budget = 100,
     seed: Seed = 0,

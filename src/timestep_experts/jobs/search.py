@@ -94,10 +94,10 @@ def search_experts(recipe: Recipe, inputs: SearchInputs, output: Path, settings:
         ValueError: an input cannot be read, or does not fit the base.
     """
     check_output(output)
+    check_recipe(recipe)
     checkpoints = open_experts(inputs.experts, recipe)
     family = build_family(recipe)
-    network = one_denoiser(family, recipe)
-    live = network.state_dict()
+    live = one_denoiser(family).state_dict()
     for checkpoint in checkpoints:
         check_shapes(live, {name: info.shape for name, info in checkpoint.tensors.items()}, str(checkpoint.path))
     groups = WeightGroups.of(len(checkpoints), live, inputs.groups)
@@ -261,20 +261,28 @@ def check_output(output: Path) -> None:
         raise ValueError(f"{output} exists already; name an output to be made")
 
 
-def one_denoiser(family: Family, recipe: Recipe) -> torch.nn.Module:
+def one_denoiser(family: Family) -> torch.nn.Module:
     """The denoiser whose weights change.
 
     Raises:
-        ValueError: there are several, or it is quantised.
+        ValueError: there are several.
     """
     if len(family.denoisers) > 1:
         raise ValueError(f"{family.source} has {len(family.denoisers)} denoisers; only a base with one is supported")
+    return family.denoiser
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse a quantised base.
+
+    Raises:
+        ValueError: the recipe asks for one.
+    """
     if recipe.training.base_quantization is not None:
         kind = recipe.training.base_quantization
         raise ValueError(
             f"recipe.training.base_quantization: a base in {kind} has no weights to add to; set it to null"
         )
-    return family.denoiser
 
 
 def open_experts(paths: Sequence[Path], recipe: Recipe) -> list[Checkpoint]:

@@ -188,7 +188,7 @@ class QuadraticSettings:
     low: float = -1.0
     high: float = 2.0
     reach: float = 1.0
-    refinements: int = 6
+    refinements: int = 10
     tolerance: float = 1e-4
 
     def __post_init__(self) -> None:

@@ -34,7 +34,8 @@ def loss_landscape(evaluated: Sequence[Evaluated], labels: Sequence[str]) -> Fig
     points = [point for point in evaluated if np.isfinite(point.loss)]
     weights = np.asarray([point.weights for point in points], float)
     losses = np.asarray([point.loss for point in points], float)
-    model = fit_around(points, float("inf")) if len(points) >= num_coefficients(weights.shape[1]) else None
+    reach = float(np.median(np.linalg.norm(weights - weights[losses.argmin()], axis=1)))
+    model = fit_around(points, reach) if len(points) >= num_coefficients(weights.shape[1]) else None
     with figure_style():
         if weights.shape[1] == 1:
             return _along_one(weights[:, 0], losses, model, labels[0])
@@ -199,7 +200,8 @@ def _over_two(
         zorder=4,
     )
     _name(axes, "found", weights[best, pair], _FOUND)
-    _name(axes, "base" if not others else "no part", np.zeros(2), _INK)
+    if not others:
+        _name(axes, "base", np.zeros(2), _INK)
     axes.set_xlim(left, right)
     axes.set_ylim(bottom, top)
     axes.set_xlabel(labels[0])
@@ -209,7 +211,8 @@ def _over_two(
     bar = figure.colorbar(shown, ax=axes, pad=0.02, extend="max")
     bar.outline.set_visible(False)
     bar.set_label("loss on the selection pictures")
-    axes.set_title("Measured points" + (" on the fitted quadratic, through what was found" if model else ""))
+    small = " (small: off this plane)" if not in_plane.all() else ""
+    axes.set_title(f"Measured points{small}" + (", on the quadratic fitted around the best" if model else ""))
     return figure
 
 
