@@ -163,6 +163,8 @@ def convert(
 
 app.command()(merging.merge)
 app.command()(merging.search)
+app.command("merge-lora")(merging.merge_lora)
+app.command("extract-lora")(merging.extract_lora)
 
 
 @app.command()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from timestep_experts.cli.parsing import (
@@ -19,7 +20,7 @@ from timestep_experts.cli.parsing import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from timestep_experts.evaluation.merges import MergeLosses
     from timestep_experts.intervals import Interval
@@ -27,9 +28,12 @@ if TYPE_CHECKING:
 Experts = Annotated[
     list[Path] | None, typer.Option("--expert", help="A fine-tuned copy of the base; give one per expert.")
 ]
+AsBundle = Annotated[bool, typer.Option("--bundle", help="Write the same as a bundle of one expert too.")]
 Boundaries = Annotated[
     str | None, typer.Option(help="Ranges of t to report losses by, e.g. 0,250,1000; default: equal ones.")
 ]
+
+_NUM_WORST = 8
 
 
 def merge(
@@ -129,6 +133,88 @@ def search(
     )
     figures = " and ".join(str(path.name) for path in figure_paths(output))
     console.print(f"{escaped(output)}, with {figures} beside it; use it by: merge --weights-from", soft_wrap=True)
+
+
+def merge_lora(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
+    output: Annotated[Path, typer.Argument(help="The folder to make, for load_lora_weights.")],
+    rank: Annotated[int, typer.Option(help="Of the LoRA; at most that of all experts together.")],
+    weights: Annotated[
+        str | None, typer.Option(help="One per expert, scale after scale; default: shares of the timesteps.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The base; default: the one the bundle was made on.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Measures the losses with this recipe's base and data.")] = None,
+    find: Annotated[
+        str | None, typer.Option("--search", help="Look for the weights: quadratic, grid or cma; needs --recipe.")
+    ] = None,
+    objective: ObjectiveOption = "mean",
+    bounds: Bounds = "-1,2",
+    reach: Reach = 1.0,
+    refinements: Refinements = 10,
+    grid: GridValues = "0,0.25,0.5,0.75,1",
+    budget: Budget = 100,
+    seed: Seed = 0,
+    dtype: Annotated[str, typer.Option(help="Of the file: fp32, fp16 or bf16.")] = "fp32",
+    as_bundle: AsBundle = False,
+) -> None:
+    """Merge a bundle's experts into one ordinary LoRA, for any tool."""
+    quiet_libraries()
+    from timestep_experts.jobs.lora import LoraSettings
+    from timestep_experts.jobs.lora import merge_lora as merge_lora_job
+
+    if model is not None and recipe is not None:
+        raise ValueError("give either --model or --recipe, which names the base")
+    given = None if weights is None else numbers(weights, "--weights")
+    how = None if find is None else _search_settings(find, objective, bounds, reach, refinements, grid, budget, seed)
+    loaded = None if recipe is None else load_recipe(recipe, None)
+    merged = merge_lora_job(bundle, output, LoraSettings(rank, given, model, dtype, as_bundle), loaded, how)
+    console = make_console()
+    if merged.search is not None:
+        console.print(losses_table(merged.search.rows, merged.search.ranges))
+    if merged.rows:
+        console.print(losses_table(merged.rows, merged.ranges))
+    shown = ", ".join(f"{escaped(e)}: {w:.4g}" for e, w in zip(merged.labels, merged.weights, strict=True))
+    console.print(f"{len(merged.labels)} experts at weights {shown}", soft_wrap=True)
+    _print_kept(console, merged.kept, merged.total_kept, rank)
+    console.print(f"made {escaped(output)}", soft_wrap=True)
+
+
+def extract_lora(
+    base: Annotated[Path, typer.Argument(help="A pipeline's folder, or a denoiser's with its config.json.")],
+    expert: Annotated[Path, typer.Argument(help="A fine-tuned copy of it.")],
+    output: Annotated[Path, typer.Argument(help="The folder to make, for load_lora_weights.")],
+    rank: Annotated[int, typer.Option(help="Of the LoRA.")],
+    component: Annotated[str | None, typer.Option(help="Of pipelines, the part; default: the denoiser.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the file: fp32, fp16 or bf16.")] = "fp32",
+    as_bundle: AsBundle = False,
+) -> None:
+    """Write what a fine-tuned copy of a base learnt as a LoRA."""
+    quiet_libraries()
+    from timestep_experts.jobs.extract import extract_lora as extract_lora_job
+    from timestep_experts.jobs.lora import LoraSettings
+
+    settings = LoraSettings(rank, dtype=dtype, with_bundle=as_bundle)
+    extracted = extract_lora_job(base, expert, output, settings, component)
+    console = make_console()
+    _print_kept(console, extracted.kept, extracted.total_kept, rank)
+    if extracted.left_out:
+        share = sum(extracted.left_out.values())
+        largest = sorted(extracted.left_out, key=lambda name: -extracted.left_out[name])[:_NUM_WORST]
+        console.print(
+            f"{len(extracted.left_out)} tensors with {share:.2%} of the whole change are left out, for no LoRA can hold"
+            f" them; all are in merge.json, the largest are {escaped(', '.join(largest))}",
+            soft_wrap=True,
+        )
+    console.print(f"made {escaped(output)}", soft_wrap=True)
+
+
+def _print_kept(console: Console, kept: Mapping[str, float], total: float, rank: int) -> None:
+    """The layers that lose most, and what is kept of all."""
+    worst = sorted(kept.items(), key=lambda item: item[1])[:_NUM_WORST]
+    table = Table("layer", "kept", title=f"squared norm kept at rank {rank}: {total:.2%}; the layers that lose most")
+    for path, part in worst:
+        table.add_row(path, f"{part:.2%}")
+    console.print(table)
 
 
 def _search_settings(

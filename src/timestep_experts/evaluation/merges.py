@@ -88,8 +88,18 @@ class MergeBench:
 
     def confirm(self, name: str, weights: tuple[float, ...]) -> MergeLosses:
         """Both halves' losses of one merge."""
-        here = self.curve(weights)
         self._apply(weights)
+        return self.confirm_as_it_is(name, weights, self.curve(weights))
+
+    def confirm_as_it_is(self, name: str, weights: tuple[float, ...], here: LossCurve | None = None) -> MergeLosses:
+        """Both halves' losses of whatever the family's networks are now.
+
+        Args:
+            name: of the row.
+            weights: to show in it; may be empty.
+            here: the loss on the selection half, where it is known.
+        """
+        here = here or loss_curve(self._family, self.selection, self.settings)
         settings = replace(self.settings, seed=self.settings.seed + 1)
         there = loss_curve(self._family, self.confirmation, settings)
         by_range = [tuple(curve.within(interval) for interval in self.ranges) for curve in (here, there)]

@@ -78,7 +78,7 @@ def merge(
     if len(settings.weights) != len(experts):
         raise ValueError(f"there are {len(settings.weights)} weights for {len(experts)} experts")
     for expert in checkpoints[1:]:
-        _check_fit(checkpoints[0], expert)
+        check_fit(checkpoints[0], expert)
     weights = settings.weights_by_tensor(checkpoints[0].tensors)
     inputs = hash_inputs(checkpoints)
     check_descent(inputs[0].sha256, str(inputs[0].weights.path), inputs[1:])
@@ -260,7 +260,12 @@ def _dtype_of(name: str | None) -> torch.dtype | None:
     return None if name is None else _DTYPES[name]
 
 
-def _check_fit(base: Checkpoint, expert: Checkpoint) -> None:
+def check_fit(base: Checkpoint, expert: Checkpoint) -> None:
+    """Refuse an expert whose tensors have other names, shapes or kinds of numbers than the base's.
+
+    Raises:
+        ValueError: naming the first that differ.
+    """
     lacking, strange = base.tensors.keys() - expert.tensors.keys(), expert.tensors.keys() - base.tensors.keys()
     if lacking or strange:
         said = [f"lacks {some(lacking)}"] * bool(lacking) + [f"has {some(strange)}"] * bool(strange)
