@@ -159,7 +159,8 @@ def test_a_search_finds_and_records(case: Case) -> None:
     losses = [point["loss"] for point in document["evaluated"]]
     assert found.found.selection_mean == min(losses) == document["loss"]["found"]["selection"]["mean"]
     assert document["counts"]["evaluations"] == len(losses) == found.num_evaluations
-    assert num_coefficients(2) < len(losses) <= num_coefficients(2) + 2
+    assert num_coefficients(2) < len(losses) <= num_coefficients(2) + 2  # uniform weights are on the lattice
+    assert [point["why"] for point in document["evaluated"]][:4] == ["table"] * 4
     assert [row.name for row in found.rows] == ["base", "expert 0", "expert 1", "uniform", "found"]
     assert document["weights"] == list(found.found.weights)
     assert document["counts"]["selection_pictures"] + document["counts"]["confirmation_pictures"] == 6
@@ -197,7 +198,8 @@ def test_one_expert_is_a_scalar(case: Case) -> None:
 def test_other_methods_count_what_they_were_told(case: Case, method: str) -> None:
     case.settings = make_search_settings(method, "ranges", QuadraticSettings(), (0.0, 0.5), 7, 0)
     found = case.run()
-    assert found.num_searched == {"grid": 4, "cma": 7}[method]
+    by_method = [point for point in found.evaluated if point.why == method]
+    assert len(by_method) == {"grid": 2, "cma": 7}[method]  # two of the grid's four are rows of the table
     assert min(point.loss for point in found.evaluated) == next(
         point.loss for point in found.evaluated if point.weights == found.found.weights
     )

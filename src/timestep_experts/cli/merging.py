@@ -127,10 +127,7 @@ def search(
     found = search_experts(load_recipe(recipe, overrides), inputs, output, settings)
     console = make_console()
     console.print(losses_table(found.rows, found.ranges))
-    console.print(
-        f"{found.num_evaluations} evaluations, {found.num_searched} of them by the search, and"
-        f" {len(found.rows)} to confirm"
-    )
+    console.print(f"{found.num_evaluations} evaluations to search, {len(found.rows)} to confirm")
     figures = " and ".join(str(path.name) for path in figure_paths(output))
     console.print(f"{escaped(output)}, with {figures} beside it; use it by: merge --weights-from", soft_wrap=True)
 
@@ -230,14 +227,18 @@ def _search_settings(
 
 def losses_table(rows: Sequence[MergeLosses], ranges: Sequence[Interval]) -> Table:
     """Losses of merges by range of t, on pictures that no choice has seen; the two means last."""
-    table = Table("merge", "weights", *(f"t in {escaped(interval)}" for interval in ranges), "all t", "", "selection")
+    has_weights = any(row.weights for row in rows)
+    weights_column = ["weights"] * has_weights
+    table = Table(
+        "merge", *weights_column, *(f"t in {escaped(interval)}" for interval in ranges), "all t", "", "selection"
+    )
     table.title = "loss on pictures that no choice has seen"
     base = rows[0]
     for row in rows:
         change = row.confirmation_mean / base.confirmation_mean - 1
         table.add_row(
             row.name,
-            ", ".join(f"{weight:.4g}" for weight in row.weights),
+            *[", ".join(f"{weight:.4g}" for weight in row.weights)] * has_weights,
             *(f"{loss:.5f}" for loss in row.confirmation),
             f"{row.confirmation_mean:.5f}",
             f"{change:+.2%}" if row is not base else "",

@@ -42,7 +42,6 @@ class Search:
         evaluated: every point, in order.
         labels: of the numbers in a point.
         ranges: of t, in the order of the rows' losses.
-        num_searched: evaluations of the search itself; the others are rows of the table that it did not visit.
         settings: of the search.
     """
 
@@ -50,7 +49,6 @@ class Search:
     evaluated: tuple[Evaluated, ...]
     labels: tuple[str, ...]
     ranges: tuple[Interval, ...]
-    num_searched: int
     settings: SearchSettings
 
     @property
@@ -141,7 +139,7 @@ def named_points(groups: WeightGroups, names: Sequence[str]) -> dict[str, Weight
 def search_weights(
     bench: MergeBench, points: Mapping[str, Weights], labels: tuple[str, ...], settings: SearchSettings
 ) -> Search:
-    """Search on a bench; rows of the table that the method did not visit are measured too, and may be what is found.
+    """Search on a bench. The rows of the table are measured first: they cost little, and the search may begin there.
 
     Args:
         bench: measures weights.
@@ -153,20 +151,20 @@ def search_weights(
         ValueError: no loss was finite.
     """
     start = list(points.values())[-1]
-    with tqdm(total=settings.num_evaluations(len(labels)), desc="searching", unit="evaluation") as bar:
+    most = settings.num_evaluations(len(labels)) + len(points)
+    with tqdm(total=most, desc="searching", unit="evaluation") as bar:
 
         def show(point: Evaluated) -> None:
             bar.update()
             bar.set_postfix_str(f"loss {point.loss:.5g}")
 
         ledger = Ledger(bench.relative if settings.objective == "ranges" else bench.mean, show)
+        for point in points.values():
+            ledger(point, "table")
         run_method(ledger, start, settings)
-    num_searched = len(ledger.evaluated)
-    for point in points.values():
-        ledger(point, "table")
     named = {**points, "found": ledger.best.weights}
     rows = tuple(bench.confirm(name, point) for name, point in named.items())
-    return Search(rows, tuple(ledger.evaluated), labels, bench.ranges, num_searched, settings)
+    return Search(rows, tuple(ledger.evaluated), labels, bench.ranges, settings)
 
 
 def write_search(
@@ -184,7 +182,7 @@ def write_search(
         "labels": list(search.labels),
         "counts": {
             "evaluations": search.num_evaluations,
-            "of_the_search": search.num_searched,
+            "of_the_table": len(search.rows) - 1,
             "confirmations": len(search.rows),
             "selection_pictures": len(bench.selection),
             "confirmation_pictures": len(bench.confirmation),

@@ -47,7 +47,7 @@ class SearchSettings:
             raise ValueError(f"a grid needs finite values; got {self.grid_values}")
 
     def num_evaluations(self, num_weights: int) -> int:
-        """How many there will be at most, but for rows of the table that the method does not visit."""
+        """How many there will be at most, beside those of the rows of the table."""
         if self.method == "grid":
             return int(len(set(self.grid_values)) ** num_weights)
         if self.method == "cma":

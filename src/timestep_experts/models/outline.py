@@ -111,7 +111,7 @@ def read_network(folder: str) -> nn.Module:
         ValueError: there is none, or it is of an unknown class.
     """
     try:
-        config = diffusers.ConfigMixin.load_config(folder)
+        config = diffusers.UNet2DConditionModel.load_config(folder)  # any class's reads any config
         with torch.device("meta"):
             module: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
         return module
