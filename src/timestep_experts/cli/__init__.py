@@ -165,6 +165,7 @@ app.command()(merging.merge)
 app.command()(merging.search)
 app.command("merge-lora")(merging.merge_lora)
 app.command("extract-lora")(merging.extract_lora)
+app.command()(merging.analyse)
 
 
 @app.command()

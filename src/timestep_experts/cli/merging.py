@@ -205,6 +205,47 @@ def extract_lora(
     console.print(f"made {escaped(output)}", soft_wrap=True)
 
 
+def analyse(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    expert: Experts = None,
+    output: Annotated[Path, typer.Option(help="The folder to make.")] = Path("analysis"),
+    timesteps: Annotated[int, typer.Option(help="K: gradients are taken at the middles of K equal bins.")] = 20,
+    pictures: Annotated[int, typer.Option(help="Of validation, the same at every timestep.")] = 64,
+    parameters: Annotated[str, typer.Option(help="Regular expression of the denoiser's parameter names.")] = ".*",
+    sketch: Annotated[
+        int, typer.Option(help="Numbers that a gradient is projected to; 0: keep all gradients whole.")
+    ] = 65536,
+    intervals: Annotated[int, typer.Option(help="Of the cut that the figure shows.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of pictures, noise and projection.")] = 0,
+) -> None:
+    """Say where gradients of timesteps agree, propose boundaries, and compare experts' task vectors."""
+    quiet_libraries()
+    from timestep_experts.evaluation.gradients import GradientSettings
+    from timestep_experts.jobs.analyse import analyse as analyse_job
+    from timestep_experts.jobs.analyse import as_yaml
+
+    loaded = load_recipe(recipe, overrides)
+    batch_size = loaded.evaluation.batch_size
+    settings = GradientSettings(timesteps, pictures, batch_size, sketch or None, parameters, seed)
+    found = analyse_job(loaded, expert or [], output, settings, intervals)
+    console = make_console()
+    table = Table(
+        "intervals", "dissimilarity inside", "of equal ones", "for experts.scales", title="proposed boundaries"
+    )
+    for proposal in found.proposals:
+        count, line = str(len(proposal.boundaries) - 1), escaped(as_yaml(proposal))
+        table.add_row(count, f"{proposal.cost:.4g}", f"{proposal.uniform_cost:.4g}", line)
+    console.print(table)
+    vectors = found.task_vectors
+    if vectors is not None:
+        cosines = Table("cosine of task vectors", *vectors.experts)
+        for name, row in zip(vectors.experts, vectors.cosines, strict=True):
+            cosines.add_row(name, *(f"{value:.3f}" for value in row))
+        console.print(cosines)
+    console.print(f"figures and analysis.json in {escaped(output)}", soft_wrap=True)
+
+
 def _print_kept(console: Console, kept: Mapping[str, float], total: float, rank: int) -> None:
     """The layers that lose most, and what is kept of all."""
     worst = sorted(kept.items(), key=lambda item: item[1])[:_NUM_WORST]

@@ -51,10 +51,11 @@ def range_losses(rows: Sequence[MergeLosses], ranges: Sequence[Interval]) -> Fig
         ranges: of t.
     """
     base, *others = rows
-    columns = [f"t in {interval}" for interval in ranges] + ["all t"]
+    columns = [str(interval) for interval in ranges] + ["all t"]
     with figure_style():
-        figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained", dpi=_DPI)
+        figure = Figure(figsize=(max(_WIDTH, 1.5 + 1.1 * len(columns)), 3.6), layout="constrained", dpi=_DPI)
         axes = figure.subplots()
+        axes.set_xlabel("range of t (more noise to the right)")
         axes.axhline(0, color=_INK, linewidth=0.9)
         axes.grid(visible=False, axis="x")
         width = 0.8 / len(others)
@@ -87,9 +88,7 @@ def similarity_map(similarity: NDArray[np.floating], bins: Sequence[Interval], c
         figure = Figure(figsize=(5.6, 4.8), layout="constrained", dpi=_DPI)
         axes = figure.subplots()
         axes.grid(visible=False)
-        mode: dict[str, Any] = (
-            {"cmap": "RdBu_r", "vmin": -1} if least < -0.2 else {"cmap": "viridis", "vmin": min(least, 0.0)}
-        )
+        mode: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -1} if least < -0.2 else {"cmap": "viridis", "vmin": least}
         extent = (low, high, low, high)
         image = axes.imshow(similarity, origin="lower", extent=extent, vmax=1, interpolation="none", **mode)
         for interval in cuts:
@@ -254,5 +253,5 @@ def _all(row: MergeLosses) -> tuple[float, ...]:
 
 
 def _colour(name: str, number: int) -> str:
-    known = {"found": _FOUND, "uniform": _MUTED}
+    known = {"found": _FOUND, "uniform": _MUTED, "shares": _MUTED}
     return known.get(name, PALETTE[number % len(PALETTE)])
