@@ -373,5 +373,7 @@ def test_the_commands_print_what_they_made(case: Case) -> None:
     assert "left out, for no LoRA can hold" in outcome.out
     text = refused("merge-lora", case.bundle, case.folder / "y", "--rank", 4, "--weights", "1,x")
     assert text == "--weights takes numbers separated by commas; got '1,x'"
+    text = refused("merge-lora", case.bundle, case.folder / "y", "--rank", 4, "--budget", 3)
+    assert text == "--budget has no meaning without --search"
     text = refused("merge-lora", case.bundle, case.folder / "y", "--rank", 4, "--model", "a", "--recipe", "b")
     assert "give either --model or --recipe" in text

@@ -265,7 +265,14 @@ def test_the_command_prints_the_table_and_its_result_merges(case: Case) -> None:
     text = refused(
         "merge", case.folder / "base", case.folder / "x", *experts, "--weights-from", case.output, "--method", "ties"
     )
-    assert "--weights-from holds a linear merge" in text
+    assert "--weights-from is a linear merge" in text
+    start = ("search", case.folder / "recipe.yaml", *experts, "--output", case.folder / "other.json")
+    assert refused(*start, "--grid", "0,1") == "--grid has no meaning for method quadratic"
+    assert refused(*start, "--method", "grid", "--budget", 5) == "--budget has no meaning for method grid"
+    assert refused(*start, "--bounds", "0.5,1").startswith("bounds of weights must hold 0")
+    assert refused(*start, "--bounds", "1") == "--bounds takes 2 numbers; got '1'"
+    assert "unknown search method 'guess'" in refused(*start, "--method", "guess")
+    assert not (case.folder / "other.json").exists()
 
 
 # Faults

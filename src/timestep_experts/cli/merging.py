@@ -88,14 +88,20 @@ def merge(
 
 Method = Annotated[str, typer.Option(help="quadratic (few evaluations), grid (every combination) or cma (CMA-ES).")]
 ObjectiveOption = Annotated[
-    str, typer.Option(help="mean: loss over all t; ranges: mean over ranges of loss / the base's.")
+    str | None, typer.Option(help="mean: loss over all t (default); ranges: mean over ranges of loss / the base's.")
 ]
-Bounds = Annotated[str, typer.Option(help="Least and largest weight, of quadratic and cma.")]
-Reach = Annotated[float, typer.Option(help="How far from the base quadratic begins; 1: at the experts.")]
-Refinements = Annotated[int, typer.Option(help="Evaluations of quadratic after its first points, at most.")]
-GridValues = Annotated[str, typer.Option("--grid", help="The values of every weight, of grid.")]
-Budget = Annotated[int, typer.Option(help="Evaluations of cma, at most.")]
-Seed = Annotated[int, typer.Option(help="Of the halves of the validation set, and of cma.")]
+Bounds = Annotated[str | None, typer.Option(help="Least and largest weight, of quadratic and cma; default: -1,2.")]
+Reach = Annotated[
+    float | None, typer.Option(help="How far from the base quadratic and cma begin; 1, the default: at the experts.")
+]
+Refinements = Annotated[
+    int | None, typer.Option(help="Evaluations of quadratic after its first points, at most; default: 10.")
+]
+GridValues = Annotated[
+    str | None, typer.Option("--grid", help="The values of every weight, of grid; default: 0,0.25,0.5,0.75,1.")
+]
+Budget = Annotated[int | None, typer.Option(help="Evaluations of cma, at most; default: 100.")]
+Seed = Annotated[int | None, typer.Option(help="Of the halves of the validation set, and of cma; default: 0.")]
 
 
 def search(
@@ -104,23 +110,32 @@ def search(
     expert: Experts = None,
     output: Annotated[Path, typer.Option(help="The JSON to make; figures are put beside it.")] = Path("search.json"),
     method: Method = "quadratic",
-    objective: ObjectiveOption = "mean",
+    objective: ObjectiveOption = None,
     groups: Annotated[
         Path | None, typer.Option(help="YAML: regular expression of tensor names: group with weights of its own.")
     ] = None,
     boundaries: Boundaries = None,
-    bounds: Bounds = "-1,2",
-    reach: Reach = 1.0,
-    refinements: Refinements = 10,
-    grid: GridValues = "0,0.25,0.5,0.75,1",
-    budget: Budget = 100,
-    seed: Seed = 0,
+    bounds: Bounds = None,
+    reach: Reach = None,
+    refinements: Refinements = None,
+    grid: GridValues = None,
+    budget: Budget = None,
+    seed: Seed = None,
 ) -> None:
     """Find the weights of a linear merge by the loss on held-out pictures; writes no model."""
     quiet_libraries()
     from timestep_experts.jobs.search import SearchInputs, figure_paths, read_groups, search_experts
 
-    settings = _search_settings(method, objective, bounds, reach, refinements, grid, budget, seed)
+    settings = _search_settings(
+        method,
+        objective=objective,
+        seed=seed,
+        bounds=bounds,
+        reach=reach,
+        refinements=refinements,
+        grid=grid,
+        budget=budget,
+    )
     named = {} if groups is None else read_groups(groups)
     cut = None if boundaries is None else numbers(boundaries, "--boundaries")
     inputs = SearchInputs(tuple(expert or ()), named, cut)
@@ -144,13 +159,13 @@ def merge_lora(
     find: Annotated[
         str | None, typer.Option("--search", help="Look for the weights: quadratic, grid or cma; needs --recipe.")
     ] = None,
-    objective: ObjectiveOption = "mean",
-    bounds: Bounds = "-1,2",
-    reach: Reach = 1.0,
-    refinements: Refinements = 10,
-    grid: GridValues = "0,0.25,0.5,0.75,1",
-    budget: Budget = 100,
-    seed: Seed = 0,
+    objective: ObjectiveOption = None,
+    bounds: Bounds = None,
+    reach: Reach = None,
+    refinements: Refinements = None,
+    grid: GridValues = None,
+    budget: Budget = None,
+    seed: Seed = None,
     dtype: Annotated[str, typer.Option(help="Of the file: fp32, fp16 or bf16.")] = "fp32",
     as_bundle: AsBundle = False,
 ) -> None:
@@ -162,7 +177,16 @@ def merge_lora(
     if model is not None and recipe is not None:
         raise ValueError("give either --model or --recipe, which names the base")
     given = None if weights is None else numbers(weights, "--weights")
-    how = None if find is None else _search_settings(find, objective, bounds, reach, refinements, grid, budget, seed)
+    how = _search_settings(
+        find,
+        objective=objective,
+        seed=seed,
+        bounds=bounds,
+        reach=reach,
+        refinements=refinements,
+        grid=grid,
+        budget=budget,
+    )
     loaded = None if recipe is None else load_recipe(recipe, None)
     merged = merge_lora_job(bundle, output, LoraSettings(rank, given, model, dtype, as_bundle), loaded, how)
     console = make_console()
@@ -255,15 +279,37 @@ def _print_kept(console: Console, kept: Mapping[str, float], total: float, rank:
     console.print(table)
 
 
-def _search_settings(
-    method: str, objective: str, bounds: str, reach: float, refinements: int, grid: str, budget: int, seed: int
-) -> Any:
-    from timestep_experts.jobs.search_methods import make_search_settings
+_MEANT_FOR: dict[str | None, tuple[str, ...]] = {
+    None: (),
+    "quadratic": ("objective", "seed", "bounds", "reach", "refinements"),
+    "grid": ("objective", "seed", "grid"),
+    "cma": ("objective", "seed", "bounds", "reach", "budget"),
+}
+
+
+def _search_settings(method: str | None, **given: float | str | None) -> Any:
+    """Settings of a search; ``None`` without a method. An option that has no meaning for the method is an error."""
+    from timestep_experts.jobs.search_methods import SearchSettings, make_search_settings
     from timestep_experts.merging import QuadraticSettings
 
-    low, high = numbers(bounds, "--bounds", 2)
-    quadratic = QuadraticSettings(low, high, reach, refinements)
-    return make_search_settings(method, objective, quadratic, numbers(grid, "--grid"), budget, seed)
+    said = {name: value for name, value in given.items() if value is not None}
+    if idle := [name for name in said if name not in _MEANT_FOR.get(method, said)]:
+        raise ValueError(f"--{idle[0]} has no meaning " + (f"for method {method}" if method else "without --search"))
+    if method is None:
+        return None
+    default, quadratic = SearchSettings(), QuadraticSettings()
+    low, high = numbers(str(said["bounds"]), "--bounds", 2) if "bounds" in said else (quadratic.low, quadratic.high)
+    reach = float(said.get("reach", quadratic.reach))
+    refinements = int(said.get("refinements", quadratic.refinements))
+    grid = numbers(str(said["grid"]), "--grid") if "grid" in said else default.grid_values
+    return make_search_settings(
+        method,
+        str(said.get("objective", default.objective)),
+        QuadraticSettings(low, high, reach, refinements),
+        grid,
+        int(said.get("budget", default.budget)),
+        int(said.get("seed", default.seed)),
+    )
 
 
 def losses_table(rows: Sequence[MergeLosses], ranges: Sequence[Interval]) -> Table:

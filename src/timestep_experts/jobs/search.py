@@ -200,14 +200,16 @@ def write_search(
             "diffusers": diffusers.__version__,
         },
     }
-    for path, figure in zip(
-        figure_paths(output),
-        (loss_landscape(search.evaluated, search.labels), range_losses(search.rows, search.ranges)),
-        strict=True,
-    ):
-        with atomic_path(path) as draft:
-            figure.savefig(draft, format="png")
-    write_json(output, document)
+    figures = loss_landscape(search.evaluated, search.labels), range_losses(search.rows, search.ranges)
+    try:
+        for path, figure in zip(figure_paths(output), figures, strict=True):
+            with atomic_path(path) as draft:
+                figure.savefig(draft, format="png")
+        write_json(output, document)
+    except BaseException:
+        for path in figure_paths(output):
+            path.unlink(missing_ok=True)
+        raise
 
 
 def read_search(path: Path) -> tuple[MergeSettings, tuple[str, ...]]:
