@@ -67,9 +67,9 @@ def merge(
         raise ValueError("give either --weights or --weights-from")
     hashes = None
     if weights_from is not None:
-        if (method, density, block_weights) != ("linear", 1.0, None):
+        if (method, density, block_weights, seed) != ("linear", 1.0, None, 0):
             raise ValueError(
-                "--weights-from holds a linear merge: --method, --density and --block-weights have no part"
+                "--weights-from is a linear merge: no --method, --density, --block-weights or --seed with it"
             )
         settings, hashes = read_search(weights_from)
     else:
