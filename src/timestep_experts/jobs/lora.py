@@ -236,6 +236,7 @@ class _Bench:
         self.settings = build_loss_settings(recipe, bundle.spec.strata)
         self.ranges = self.settings.partition.intervals
         self.seed = recipe.seed
+        self._searched: MergeBench | None = None
 
     def _bench(self, seed: int, live: _LiveSum | None = None) -> MergeBench:
         apply = (lambda _: None) if live is None else live.set
@@ -256,8 +257,8 @@ class _Bench:
         alone = {label: tuple(float(i == k) for i in range(count)) for k, label in enumerate(labels)}
         points = {"base": (0.0,) * count, **alone, "shares": shares}
         with self.attached(self.alone({p: weighted_sum(u, shares) for p, u in self.parts.items()})) as mixture:
-            self.last = self._bench(settings.seed, _LiveSum(mixture, self.parts))
-            return search_weights(self.last, points, labels, settings)
+            self._searched = self._bench(settings.seed, _LiveSum(mixture, self.parts))
+            return search_weights(self._searched, points, labels, settings)
 
     def losses(
         self, weights: Weights, cut: Mapping[str, Truncated], search: SearchSettings | None
@@ -283,9 +284,10 @@ class _Bench:
         return one_expert_bundle(updates, total, self.bundle.base_model, self.bundle.denoiser_class, {})
 
     def write(self, path: Path, found: Search, bundle: str) -> None:
-        """Write the search's own result."""
+        """Write the result of `search`."""
+        assert self._searched is not None
         record = {"bundle": bundle, "weights": found.found.weights, "labels": found.labels}
-        write_search(path, found, self.last, self.settings, {**record, "format": "timestep-experts/lora-search"})
+        write_search(path, found, self._searched, self.settings, {**record, "format": "timestep-experts/lora-search"})
 
 
 class _LiveSum:
