@@ -32,9 +32,10 @@ from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale
 from timestep_experts.models import DDPM, Family, Flux, PixArt, StableDiffusion, StableDiffusion3, Wan
 from timestep_experts.training import FosterSettings, LoopSettings, OptimiserSettings, foster
-from timestep_experts.training.loop import Stage, run_stage
+from timestep_experts.training.loop import run_stage
 from timestep_experts.training.memory import fake_networks, step_peak
 from timestep_experts.training.optimiser import state_bytes
+from timestep_experts.training.stage import Stage
 
 INTERVALS, RANK, PER_INTERVAL = 4, 8, 2
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")

@@ -23,7 +23,6 @@ from timestep_experts.models import load_family, read_outline
 from timestep_experts.models.video_crafter import fold_fps
 from timestep_experts.training import AssembleSettings, FosterSettings, assemble, foster
 from timestep_experts.training.batches import Batch
-from timestep_experts.training.loop import Stage, gradients_of, run_micro_batch
 from timestep_experts.training.memory import (
     PeakMeter,
     autocast_of_accelerators,
@@ -31,6 +30,7 @@ from timestep_experts.training.memory import (
     fake_pictures,
     step_peak,
 )
+from timestep_experts.training.stage import Stage, gradients_of
 
 CPU = torch.device("cpu")
 RECIPE = Path(__file__).parents[2] / "recipes" / "papers" / "sd15.yaml"
@@ -117,7 +117,7 @@ def taken(source: str, *, checkpoints: bool, precision: str = "no", parts: int =
             for parameter in stage.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parts > 1 else None
             with torch.profiler.profile(profile_memory=True) as profile:
-                run_micro_batch(stage, family, pictures, chunk, precision)
+                stage.objective.backward(0, family, pictures, chunk, precision)
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return max(held) + (sum(p.nbytes for p in stage.parameters()) if parts > 1 else 0)

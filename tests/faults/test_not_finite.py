@@ -27,7 +27,8 @@ from timestep_experts.training import (
     foster,
 )
 from timestep_experts.training.log import read_log
-from timestep_experts.training.loop import Stage, run_stage
+from timestep_experts.training.loop import run_stage
+from timestep_experts.training.stage import Stage
 
 STEPS = 6
 SGD = OptimiserSettings("SGD", {"momentum": 0.9})

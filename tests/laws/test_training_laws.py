@@ -26,7 +26,8 @@ from timestep_experts.training import (
 from timestep_experts.training.batches import Batch, BatchPlan
 from timestep_experts.training.learner import learning_rate_factor
 from timestep_experts.training.log import read_log
-from timestep_experts.training.loop import Observer, Stage, run_stage
+from timestep_experts.training.loop import Observer, run_stage
+from timestep_experts.training.stage import Stage
 
 TARGETS = ("to_q", "to_v", "conv1")
 SGD = OptimiserSettings("SGD", {"momentum": 0.9}, max_grad_norm=0.05)

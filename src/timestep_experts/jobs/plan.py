@@ -24,9 +24,9 @@ from timestep_experts.mixture import Mixture
 from timestep_experts.models import Family, Outline, read_outline
 from timestep_experts.models.quantization import quantised_bytes
 from timestep_experts.training import assemble, foster
-from timestep_experts.training.loop import Stage
 from timestep_experts.training.memory import fake_networks, fake_pictures, step_peak
 from timestep_experts.training.optimiser import state_bytes
+from timestep_experts.training.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _plan_arm(recipe: Recipe, arm: str, with_memory: bool) -> list[StagePlan]:
 
 
 def _count(arm: str, stage: Stage) -> StagePlan:
-    batch = stage.plan.samples_per_stratum
+    batch = stage.plan.batch_size // len(stage.plan.strata)
     seen = [round(learner.max_train_steps * batch / learner.gradient_share) for learner in stage.learners]
     return StagePlan(
         arm=arm,

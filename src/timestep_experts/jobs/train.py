@@ -31,7 +31,8 @@ from timestep_experts.jobs.media import save_media_sheet
 from timestep_experts.mixture import Mixture, Mode
 from timestep_experts.training import assemble, foster
 from timestep_experts.training.log import RunLog, read_log
-from timestep_experts.training.loop import Observer, Stage, run_stage
+from timestep_experts.training.loop import Observer, run_stage
+from timestep_experts.training.stage import Stage
 
 
 def prepare_output(recipe: Recipe) -> None:

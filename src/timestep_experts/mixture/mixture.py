@@ -219,6 +219,10 @@ class Mixture:
         maps = [p for router in routers for p in (router.F, router.bias) if p is not None]
         return maps, [router.E for router in routers if router.E is not None]
 
+    def trained_modules(self) -> Iterable[nn.Module]:
+        """The wrapped layers."""
+        return self.layers.values()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Every expert and router tensor, by ``<module>.experts.<scale>.A`` and the like; nothing of the base."""
         return {

@@ -8,7 +8,7 @@ from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture
 from timestep_experts.training.batches import BatchPlan
 from timestep_experts.training.learner import Learner
-from timestep_experts.training.loop import Stage
+from timestep_experts.training.stage import Denoising, Stage
 
 
 @dataclass(frozen=True)
@@ -53,4 +53,4 @@ def assemble(mixture: Mixture, settings: AssembleSettings) -> Stage:
         mixture.mode = "route"
 
     plan = BatchPlan(settings.seed, "assemble", whole, settings.train_batch_size, settings.caption_dropout)
-    return Stage("assemble", learners, plan, speak)
+    return Stage("assemble", learners, plan, Denoising(settings.train_batch_size), speak)

@@ -57,6 +57,11 @@ class BatchPlan:
     samples_per_stratum: int
     caption_dropout: float
 
+    @property
+    def batch_size(self) -> int:
+        """Samples per step."""
+        return len(self.strata) * self.samples_per_stratum
+
     def draw(self, pictures: EncodedPictures, family: Family, step: int, *, only: Interval | None = None) -> Batch:
         """The samples of one step; a stratum's samples do not depend on the other strata.
 

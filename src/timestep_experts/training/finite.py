@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from timestep_experts.intervals import Interval, Partition
-from timestep_experts.mixture import MixtureSpec
+from timestep_experts.training.stage import Stage
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -18,26 +17,15 @@ class FiniteWatch:
     """Notes on the device since when a loss or a gradient is not finite; the host waits in `require` only.
 
     Args:
-        stage: its name.
-        strata: of its losses.
-        learners: their names.
-        spec: of the mixture; says whose interval a stratum belongs to.
+        stage: whose losses and gradients.
         folder: of the stage's checkpoints.
         device: of the losses.
     """
 
-    def __init__(
-        self,
-        stage: str,
-        strata: Partition,
-        learners: Sequence[str],
-        spec: MixtureSpec,
-        folder: Path,
-        device: torch.device,
-    ) -> None:
-        self.stage, self.strata, self.learners, self.spec, self.folder = stage, strata, learners, spec, folder
-        self.losses = torch.full((len(strata),), _NEVER, device=device)
-        self.gradients = torch.full((len(learners),), _NEVER, device=device)
+    def __init__(self, stage: Stage, folder: Path, device: torch.device) -> None:
+        self.stage, self.folder = stage, folder
+        self.losses = torch.full((len(stage.plan.strata),), _NEVER, device=device)
+        self.gradients = torch.full((len(stage.learners),), _NEVER, device=device)
 
     def note_losses(self, step: int, strata: Tensor, losses: Tensor) -> None:
         """Losses ``(B,)`` of samples in strata ``(B,)`` at a step, from 0."""
@@ -56,26 +44,21 @@ class FiniteWatch:
             ValueError: something was not finite; names the stage, the step, the interval and the experts.
         """
         lines = [
-            f"the loss of {interval}, of {', '.join(self._experts_of(interval))}, since step {step + 1}"
-            for interval, step in zip(self.strata.intervals, self.losses.tolist(), strict=True)
+            f"the loss of {interval}, of {', '.join(self.stage.learners_of(interval))}, since step {step + 1}"
+            for interval, step in zip(self.stage.plan.strata.intervals, self.losses.tolist(), strict=True)
             if step != _NEVER
         ]
         lines += [
-            f"the gradient of {learner}, since step {step + 1}"
-            for learner, step in zip(self.learners, self.gradients.tolist(), strict=True)
+            f"the gradient of {learner.name}, since step {step + 1}"
+            for learner, step in zip(self.stage.learners, self.gradients.tolist(), strict=True)
             if step != _NEVER
         ]
         if lines:
             raise ValueError(
-                f"stage {self.stage!r} stopped, for these are not finite:\n  " + "\n  ".join(lines) + "\n"
+                f"stage {self.stage.name!r} stopped, for these are not finite:\n  " + "\n  ".join(lines) + "\n"
                 f"Nothing was saved since; {self._newest_checkpoint()}. A lower learning rate, a smaller max_grad_norm,"
                 " a base in fp32 or bf16, or other training data may help"
             )
-
-    def _experts_of(self, stratum: Interval) -> list[str]:
-        owners = {f"{s.name}.{s.partition.index_of(stratum.lo)}" for s in self.spec.scales}
-        named = [name for name in self.learners if ".".join(name.split(".")[:2]) in owners]
-        return named or list(self.learners)
 
     def _newest_checkpoint(self) -> str:
         found = sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))

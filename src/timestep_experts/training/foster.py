@@ -13,7 +13,7 @@ from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, Scale
 from timestep_experts.training.batches import BatchPlan
 from timestep_experts.training.learner import Learner
-from timestep_experts.training.loop import Stage
+from timestep_experts.training.stage import Denoising, Stage
 
 FosterMethod = Literal["independent", "coarse_to_fine", "joint"]
 
@@ -74,6 +74,7 @@ def _stage(
         name=name,
         learners=[learner for scale in scales for learner in _experts(mixture, settings, scale, strata, share)],
         plan=BatchPlan(settings.seed, name, strata, settings.train_batch_size, settings.caption_dropout),
+        objective=Denoising(settings.train_batch_size),
         speak=lambda: mixture.foster(*names),
     )
 
@@ -97,6 +98,7 @@ def _experts(
                 max_train_steps=max(1, round(settings.max_train_steps[scale.name][index] * share)),
                 gradient_share=1 / owned,
                 weight_decay=weight_decay,
+                interval=interval,
             )
         )
     return learners

@@ -10,6 +10,8 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
+from timestep_experts.intervals import Interval
+
 
 @dataclass
 class Learner:
@@ -27,6 +29,7 @@ class Learner:
         gradient_share: gradients are multiplied by it: 1 / (strata that it owns), so its loss is the mean over its own
             samples while the total is a sum over strata.
         weight_decay: its own; ``None`` is that of the optimiser's options.
+        interval: from whose samples it learns; ``None`` is all timesteps.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Learner:
     max_train_steps: int
     gradient_share: float = 1.0
     weight_decay: float | None = None
+    interval: Interval | None = None
     leaves: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from timestep_experts.data import EncodedPictures
 from timestep_experts.formats.atomic import write_json, write_tensors
-from timestep_experts.mixture import Mixture
 from timestep_experts.models import Family
-from timestep_experts.objectives import squared_error
-from timestep_experts.training.batches import Batch, BatchPlan, generator_for
+from timestep_experts.training.batches import Batch, generator_for
 from timestep_experts.training.checkpoint import load_latest_checkpoint, require_same_identity, save_checkpoint
 from timestep_experts.training.finite import FiniteWatch
-from timestep_experts.training.learner import Learner, learning_rate_factor
+from timestep_experts.training.learner import learning_rate_factor
 from timestep_experts.training.log import RunLog
 from timestep_experts.training.optimiser import OptimiserSettings, set_learning_rate
-
-Precision = Literal["no", "bf16"]
+from timestep_experts.training.stage import Plan, Precision, Stage, Trainee, gradients_of
 
 
 @dataclass(frozen=True)
@@ -55,37 +50,9 @@ Observer = Callable[[int, RunLog], None]
 """Called with a step and the log: validation losses, preview pictures."""
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One piece of training: what learns, from which samples, while which experts speak.
-
-    Args:
-        name: of its folder and its random numbers.
-        learners: what is optimised; everything else stays frozen.
-        plan: how batches are drawn.
-        speak: puts the mixture into the mode of this stage.
-        prepare: changes the mixture before the first step, and not when resuming.
-    """
-
-    name: str
-    learners: Sequence[Learner]
-    plan: BatchPlan
-    speak: Callable[[], None]
-    prepare: Callable[[], None] = lambda: None
-
-    @property
-    def num_steps(self) -> int:
-        """Until the last learner's budget is spent."""
-        return max(learner.max_train_steps for learner in self.learners)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """The stacked parameters of which learners own slices, each once."""
-        return list({id(p): p for learner in self.learners for p, _ in learner.slices}.values())
-
-
 def run_stage(
     stage: Stage,
-    mixture: Mixture,
+    trainee: Trainee,
     family: Family,
     pictures: EncodedPictures,
     optimiser_settings: OptimiserSettings,
@@ -98,7 +65,7 @@ def run_stage(
 
     Args:
         stage: what to do.
-        mixture: attached to the family's denoiser; its tensors are changed in place.
+        trainee: what the stage changes in place, e.g. a mixture that is attached to the family's denoiser.
         family: the base.
         pictures: the training set.
         optimiser_settings: see there.
@@ -115,13 +82,13 @@ def run_stage(
     result = folder / "result.safetensors"
     if result.is_file():
         require_same_identity(_read_identity(folder), identity, folder)
-        mixture.load_state_dict(load_file(result))
+        trainee.load_state_dict(load_file(result))
         return
     optimiser = optimiser_settings.build(stage.learners)
-    start = _start(stage, mixture, optimiser, folder, identity)
-    watch = _watch(stage, mixture, folder, family.device)
+    start = _start(stage, trainee, optimiser, folder, identity)
+    watch = FiniteWatch(stage, folder, family.device)
     stepper = _Stepper(stage, watch, family, pictures, optimiser, optimiser_settings, settings)
-    with RunLog(folder, start) as log, gradients_of(stage, mixture):
+    with RunLog(folder, start) as log, gradients_of(stage, trainee):
         bar = tqdm(range(start, stage.num_steps), desc=stage.name, initial=start, total=stage.num_steps, unit="step")
         for step in bar:
             stepper.step(step)
@@ -137,12 +104,12 @@ def run_stage(
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
             if is_saved:
                 limit = settings.checkpoints_total_limit
-                save_checkpoint(folder, done, mixture.state_dict(), optimiser, identity, limit)
+                save_checkpoint(folder, done, trainee.state_dict(), optimiser, identity, limit)
             if observe and is_observed:
                 observe(done, log)
                 stepper.restart_clock()
     write_json(folder / "identity.json", dict(identity))
-    write_tensors(result, mixture.state_dict())
+    write_tensors(result, trainee.state_dict())
 
 
 class _Stepper:
@@ -189,9 +156,11 @@ class _Stepper:
             learner.drop_gradients()
         for parameter in self.parameters:
             parameter.grad = None
+        self.stage.follow(step + 1)
 
     def _backward(self, step: int, chunk: Batch) -> None:
-        losses = run_micro_batch(self.stage, self.family, self.pictures, chunk, self.settings.mixed_precision)
+        precision = self.settings.mixed_precision
+        losses = self.stage.objective.backward(step, self.family, self.pictures, chunk, precision)
         strata = self.stage.plan.strata.index_of(chunk.t.to(losses.device))
         self.watch.note_losses(step, strata, losses)
         self.loss_sums.index_add_(0, strata, losses)
@@ -199,13 +168,14 @@ class _Stepper:
 
     def take_log(self, step: int) -> dict[str, float]:
         """Mean losses since the last time, rates, samples seen; the only place where the host waits for the device."""
-        means = (self.loss_sums / self.loss_counts).tolist()
-        values = {"loss": sum(means) / len(means)}
-        if len(means) > 1:
-            values |= {f"loss/{stratum}": m for stratum, m in zip(self.stage.plan.strata.intervals, means, strict=True)}
+        strata, means = self.stage.plan.strata.intervals, (self.loss_sums / self.loss_counts).tolist()
+        seen = {f"loss/{s}": m for s, m, n in zip(strata, means, self.loss_counts.tolist(), strict=True) if n}
+        values = {"loss": sum(seen.values()) / len(seen)}
+        if len(strata) > 1:
+            values |= seen
         active = [float(group["lr"]) for group in self.optimiser.param_groups]
         values |= {"learning_rate": max(active), "seconds": time.perf_counter() - self.started}
-        values["num_images_seen"] = step * len(self.stage.plan.strata) * self.stage.plan.samples_per_stratum
+        values["num_images_seen"] = step * self.stage.plan.batch_size
         self._forget_log()
         return values
 
@@ -220,40 +190,7 @@ class _Stepper:
         self.restart_clock()
 
 
-def run_micro_batch(
-    stage: Stage, family: Family, pictures: EncodedPictures, chunk: Batch, precision: Precision
-) -> Tensor:
-    """Forward and backward of a part of a batch; gradients are added to those that are there.
-
-    Returns:
-        The loss of each sample, ``(B,)``, without its graph.
-    """
-    device = family.device
-    latents = pictures.latents[chunk.rows].to(device)
-    noise, t = chunk.noise.to(device), chunk.t.to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        conditioning = pictures.features_at(family, chunk.rows, t, chunk.dropped)
-        predicted = family.predict(family.noise.add_noise(latents, noise, t), t, conditioning)
-    losses = squared_error(predicted, family.noise.target(latents, noise, t))
-    (losses.sum() / stage.plan.samples_per_stratum).backward()  # type: ignore[no-untyped-call]
-    return losses.detach()
-
-
-@contextmanager
-def gradients_of(stage: Stage, mixture: Mixture) -> Iterator[None]:
-    """While open, exactly this stage's parameters require gradients, and dropout is on."""
-    for layer in mixture.layers.values():
-        layer.requires_grad_(False).train()
-    for parameter in stage.parameters():
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for layer in mixture.layers.values():
-            layer.requires_grad_(False).eval()
-
-
-def _require_empty_caption(plan: BatchPlan, family: Family) -> None:
+def _require_empty_caption(plan: Plan, family: Family) -> None:
     if plan.caption_dropout and not family.has_empty_caption:
         raise ValueError(
             f"{family.source}: every caption of this model is a class, so none can be dropped; caption_dropout must be"
@@ -262,21 +199,16 @@ def _require_empty_caption(plan: BatchPlan, family: Family) -> None:
 
 
 def _start(
-    stage: Stage, mixture: Mixture, optimiser: torch.optim.Optimizer, folder: Path, identity: Mapping[str, Any]
+    stage: Stage, trainee: Trainee, optimiser: torch.optim.Optimizer, folder: Path, identity: Mapping[str, Any]
 ) -> int:
-    """Steps done; experts and optimiser are put where they were then."""
+    """Steps done; trainee and optimiser are put where they were then."""
     resumed = load_latest_checkpoint(folder, optimiser, identity)
     if resumed is None:
         stage.prepare()
         return 0
-    step, experts = resumed
-    mixture.load_state_dict(experts)
+    step, tensors = resumed
+    trainee.load_state_dict(tensors)
     return step
-
-
-def _watch(stage: Stage, mixture: Mixture, folder: Path, device: torch.device) -> FiniteWatch:
-    learners = [learner.name for learner in stage.learners]
-    return FiniteWatch(stage.name, stage.plan.strata, learners, mixture.spec, folder, device)
 
 
 def _is_due(step: int, every: int | None) -> bool:

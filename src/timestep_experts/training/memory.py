@@ -18,7 +18,7 @@ from timestep_experts.data import EncodedPictures
 from timestep_experts.mixture import Mixture
 from timestep_experts.models import Family
 from timestep_experts.training.batches import Batch
-from timestep_experts.training.loop import Precision, Stage, gradients_of, run_micro_batch
+from timestep_experts.training.stage import Precision, Stage, gradients_of
 
 _FP32_ON_ACCELERATORS = ("group_norm", "layer_norm", "softmax")
 
@@ -151,8 +151,7 @@ def step_peak(
     """
     parameters = stage.parameters()
     gradients = 4 * sum(parameter.numel() for parameter in parameters)
-    batch = len(stage.plan.strata) * stage.plan.samples_per_stratum
-    chunk = _fake_batch(-(-batch // accumulation_steps), pictures, family)
+    chunk = _fake_batch(-(-stage.plan.batch_size // accumulation_steps), pictures, family)
     held = [*_tensors_of(family), *parameters, pictures.latents, *pictures.features.values()]
     meter = PeakMeter(held)
     stage.speak()
@@ -160,7 +159,7 @@ def step_peak(
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter) if accumulation_steps > 1 else None
         with meter:
-            run_micro_batch(stage, family, pictures, chunk, precision)
+            stage.objective.backward(0, family, pictures, chunk, precision)
         for parameter in parameters:
             parameter.grad = None
     return max(gradients, meter.peak + (gradients if accumulation_steps > 1 else 0))

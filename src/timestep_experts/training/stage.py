@@ -1,0 +1,155 @@
+"""A piece of training: what learns, from which samples, by which loss. The loop runs it and knows no more of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from timestep_experts.data import EncodedPictures
+from timestep_experts.intervals import Interval, Partition
+from timestep_experts.models import Family
+from timestep_experts.objectives import squared_error
+from timestep_experts.training.batches import Batch
+from timestep_experts.training.learner import Learner
+
+Precision = Literal["no", "bf16"]
+
+
+class Trainee(Protocol):
+    """What a stage changes: a mixture, a copy of the denoiser, or several networks."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint must hold beside the optimiser's state."""
+        ...
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], /) -> None:
+        """Undo `state_dict`."""
+        ...
+
+    def trained_modules(self) -> Iterable[nn.Module]:
+        """The modules that are put into training mode, frozen but for what learners own."""
+        ...
+
+
+class Plan(Protocol):
+    """How batches are drawn, as a pure function of the step."""
+
+    @property
+    def seed(self) -> int:
+        """Of the run."""
+        ...
+
+    @property
+    def strata(self) -> Partition:
+        """The intervals by which losses are logged."""
+        ...
+
+    @property
+    def batch_size(self) -> int:
+        """Samples per step."""
+        ...
+
+    @property
+    def caption_dropout(self) -> float:
+        """Probability of the empty caption."""
+        ...
+
+    def draw(self, pictures: EncodedPictures, family: Family, step: int) -> Batch:
+        """The samples of a step, from 0."""
+        ...
+
+
+class Objective(Protocol):
+    """A loss and its gradients."""
+
+    def backward(
+        self, step: int, /, family: Family, pictures: EncodedPictures, chunk: Batch, precision: Precision
+    ) -> Tensor:
+        """Add the gradients of a part of a step's batch to those that are there.
+
+        Returns:
+            The loss of each sample, ``(B,)``, without its graph.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """The base's own loss (TSM, eq. 3): what the denoiser says against its target.
+
+    Args:
+        samples_per_mean: the loss is summed over samples and divided by this; with b samples per stratum, b gives the
+            sum over strata of their mean losses.
+    """
+
+    samples_per_mean: int
+
+    def backward(
+        self, _step: int, /, family: Family, pictures: EncodedPictures, chunk: Batch, precision: Precision
+    ) -> Tensor:
+        """See `Objective`."""
+        device = family.device
+        latents = pictures.latents[chunk.rows].to(device)
+        noise, t = chunk.noise.to(device), chunk.t.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            conditioning = pictures.features_at(family, chunk.rows, t, chunk.dropped)
+            predicted = family.predict(family.noise.add_noise(latents, noise, t), t, conditioning)
+        losses = squared_error(predicted, family.noise.target(latents, noise, t))
+        (losses.sum() / self.samples_per_mean).backward()  # type: ignore[no-untyped-call]
+        return losses.detach()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece of training.
+
+    Args:
+        name: of its folder and its random numbers.
+        learners: what is optimised; everything else stays frozen.
+        plan: how batches are drawn.
+        objective: what is minimised.
+        speak: called before each step; puts a mixture into the mode of this stage.
+        prepare: changes the trainee before the first step, and not when resuming.
+        follow: called after each optimiser step, with the number of steps done.
+    """
+
+    name: str
+    learners: Sequence[Learner]
+    plan: Plan
+    objective: Objective
+    speak: Callable[[], None] = lambda: None
+    prepare: Callable[[], None] = lambda: None
+    follow: Callable[[int], None] = lambda _: None
+
+    @property
+    def num_steps(self) -> int:
+        """Until the last learner's budget is spent."""
+        return max(learner.max_train_steps for learner in self.learners)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The stacked parameters of which learners own slices, each once."""
+        return list({id(p): p for learner in self.learners for p, _ in learner.slices}.values())
+
+    def learners_of(self, stratum: Interval) -> list[str]:
+        """The names of those who learn from a stratum's samples."""
+        return [item.name for item in self.learners if item.interval is None or item.interval.covers(stratum)]
+
+
+@contextmanager
+def gradients_of(stage: Stage, trainee: Trainee) -> Iterator[None]:
+    """While open, exactly this stage's parameters require gradients, and dropout is on."""
+    modules = list(trainee.trained_modules())
+    for module in modules:
+        module.requires_grad_(False).train()
+    for parameter in stage.parameters():
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.requires_grad_(False).eval()
