@@ -165,6 +165,22 @@ def build_workshop(recipe: Recipe) -> Workshop:
     )
 
 
+def build_validation(recipe: Recipe, family: Family, *, as_tokens: bool = False) -> EncodedPictures:
+    """The validation pictures alone, encoded, for jobs that neither train nor draw.
+
+    Args:
+        recipe: says which.
+        family: the loaded base.
+        as_tokens: keep captions as token ids, for text encoders that change.
+
+    Raises:
+        ValueError: the data is not usable.
+    """
+    media = build_media_settings(recipe, family.default_num_frames, flip=False)
+    _, validation = build_picture_sets(recipe, is_video=family.is_video)
+    return encode_dataset(validation, media, family, recipe.output_dir / "cache", as_tokens=as_tokens)
+
+
 def build_prompts(recipe: Recipe, validation: PictureSet) -> tuple[str, ...]:
     """What pictures are drawn for: the recipe's prompts, or different captions of the validation set.
 
