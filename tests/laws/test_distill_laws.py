@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import LCMScheduler
 from tiny import PIPELINES
 from torch import nn
 
 from conftest import max_error, normal, random_pictures, scales, tiny_pipeline, zero_routers
 from timestep_experts.inference import SampleSettings
+from timestep_experts.inference.sample import choose_scheduler
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale
 from timestep_experts.models import StableDiffusion, StableDiffusionXL
@@ -37,7 +37,7 @@ from timestep_experts.training.distill import (
     distill,
     distill_router,
 )
-from timestep_experts.training.generator import Generator, alphas_at
+from timestep_experts.training.generator import SAMPLER, Generator, alphas_at
 from timestep_experts.training.loop import Observer, run_stage
 from timestep_experts.training.matching import Adversary, Distilling
 
@@ -448,8 +448,8 @@ def test_drawing_equals_diffusers_lcm_scheduler(family: StableDiffusion, mixture
     shake(mixture)
     mixture.mode = "switch"
     pipeline = family.pipeline()
-    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
-    settings = SampleSettings("LCMScheduler", 4, 1.0, (16, 16), 2, 0, timesteps=TIMESTEPS)
+    pipeline.scheduler = choose_scheduler(SAMPLER, pipeline.scheduler)
+    settings = SampleSettings(SAMPLER, 4, 1.0, (16, 16), 2, 0, timesteps=TIMESTEPS)
     prompts = ["a red star", "a blue cross"]
     generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     drawn = pipeline(prompt=prompts, generator=generators, output_type="latent", **settings.call_options).images

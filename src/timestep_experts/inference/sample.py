@@ -141,7 +141,9 @@ def make_scheduler(name: str, config: Any) -> Any:
     if kind is None:
         known = sorted(n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax"))
         raise ValueError(f"diffusers has no scheduler {name!r}; it has {', '.join(known)}")
+    # diffusers leaves out what was a default of the other class, as if the new one had the same defaults; LCM has not
+    explicit = {key: value for key, value in config.items() if key != "_use_default_values"}
     try:
-        return kind.from_config(config)
+        return kind.from_config(explicit)
     except Exception as error:  # schedulers raise many kinds, missing libraries among them
         raise ValueError(f"{name} cannot be made for this noise schedule: {error}") from error
