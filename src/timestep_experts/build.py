@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -31,6 +31,9 @@ from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale, asymmetric
 from timestep_experts.models import Family, load_family
 from timestep_experts.training import AssembleSettings, FosterSettings, LoopSettings, OptimiserSettings
+from timestep_experts.training.distill import DistillSettings, PhaseSettings
+from timestep_experts.training.generator import SAMPLER
+from timestep_experts.training.matching import Adversary
 from timestep_experts.world.judge import ASSETS
 from timestep_experts.world.scenes import parse_caption
 
@@ -245,7 +248,7 @@ def build_mixture(recipe: Recipe, family: Family) -> Mixture:
     Contexts fostered jointly rest at gate 1: experts that grew up together only fit each other together.
     """
     spec = build_spec(recipe.experts, family.noise.num_train_timesteps)
-    if recipe.foster.method == "joint":
+    if recipe.distill is None and recipe.foster.method == "joint":
         spec = spec.with_resting_gates(1.0)
     networks, targets = build_targets(recipe.experts, family.denoisers, family.text_encoders)
     mixture = Mixture.attach(
@@ -310,6 +313,49 @@ def build_assemble_settings(recipe: Recipe) -> AssembleSettings:
     )
 
 
+def build_distill_settings(recipe: Recipe, vae_scale_factor: int) -> DistillSettings:
+    """Stage 1 of a few-step generator; numbers per expert are spelled out.
+
+    Args:
+        recipe: says how.
+        vae_scale_factor: pixels per latent.
+
+    Raises:
+        ValueError: the recipe distils nothing.
+    """
+    distill = recipe.distill
+    if distill is None:
+        raise ValueError("recipe.distill is missing: this recipe distils nothing")
+    scales, gan = recipe.experts.scales, distill.gan
+    phases = {
+        "": PhaseSettings(
+            {s.label: _per_expert(s, s.max_train_steps, distill.max_train_steps) for s in scales},
+            {s.label: _per_expert(s, s.learning_rate, distill.learning_rate) for s in scales},
+            distill.fake_learning_rate or distill.learning_rate,
+            distill.train_batch_size,
+        )
+    }
+    if gan is not None:
+        phases["-gan"] = PhaseSettings(
+            {s.label: _per_expert(s, s.gan_train_steps, gan.max_train_steps) for s in scales},
+            {s.label: _per_expert(s, None, gan.learning_rate) for s in scales},
+            gan.fake_learning_rate or gan.learning_rate,
+            gan.train_batch_size,
+            Adversary(gan.generator_weight, gan.discriminator_weight),
+        )
+    height, width = recipe.resolution
+    return DistillSettings(
+        timesteps=distill.timesteps,
+        inputs=distill.inputs,
+        guidance_scale=distill.guidance_scale,
+        generator_interval=distill.generator_interval,
+        phases=phases,
+        caption_dropout=recipe.data.caption_dropout,
+        latent_size=(height // vae_scale_factor, width // vae_scale_factor),
+        seed=recipe.seed,
+    )
+
+
 def build_optimiser_settings(config: OptimizerConfig) -> OptimiserSettings:
     """Optimiser and schedule."""
     return OptimiserSettings(
@@ -339,7 +385,7 @@ def build_loss_settings(recipe: Recipe, partition: Partition) -> LossSettings:
 
 
 def build_sample_settings(recipe: Recipe, media: MediaSettings) -> SampleSettings:
-    """How pictures or clips are drawn."""
+    """How pictures or clips are drawn by a base, or by experts that were fostered."""
     evaluation = recipe.evaluation
     return SampleSettings(
         evaluation.scheduler,
@@ -350,4 +396,15 @@ def build_sample_settings(recipe: Recipe, media: MediaSettings) -> SampleSetting
         evaluation.seed,
         media.num_frames if isinstance(media, ClipSettings) else None,
         recipe.max_sequence_length,
+    )
+
+
+def build_generator_sample_settings(recipe: Recipe, media: MediaSettings) -> SampleSettings:
+    """How an arm draws: a distilled one in its own steps, without guidance; any other as `build_sample_settings`."""
+    settings = build_sample_settings(recipe, media)
+    if recipe.distill is None:
+        return settings
+    timesteps = recipe.distill.timesteps
+    return replace(
+        settings, scheduler=SAMPLER, num_inference_steps=len(timesteps), guidance_scale=1.0, timesteps=timesteps
     )
