@@ -13,14 +13,13 @@ from safetensors import safe_open
 from timestep_experts.build import (
     Workshop,
     build_assemble_settings,
-    build_distill_settings,
-    build_generator_sample_settings,
     build_loop_settings,
     build_mixture,
     build_optimiser_settings,
 )
 from timestep_experts.config import OptimizerConfig, Recipe
 from timestep_experts.inference import sample
+from timestep_experts.jobs.distill_settings import build_distill_settings, build_generator_sample_settings
 from timestep_experts.jobs.media import save_media_sheet
 from timestep_experts.jobs.train import arm_folder, encoders_away, is_assembled, save_arm, stage_identity
 from timestep_experts.mixture import Mixture, Mode

@@ -19,7 +19,6 @@ from pydantic import TypeAdapter
 from timestep_experts import __version__
 from timestep_experts.build import (
     Workshop,
-    build_generator_sample_settings,
     build_loss_settings,
     build_sample_settings,
     build_spec,
@@ -39,6 +38,7 @@ from timestep_experts.formats import load_bundle
 from timestep_experts.formats.atomic import atomic_path, write_json
 from timestep_experts.inference import attach, detach, sample
 from timestep_experts.intervals import Partition
+from timestep_experts.jobs.distill_settings import build_generator_sample_settings
 from timestep_experts.jobs.media import (
     SHEET,
     as_pictures,
