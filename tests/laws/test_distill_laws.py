@@ -307,6 +307,28 @@ def test_micro_batches_add_up(family: StableDiffusion, mixture: Mixture) -> None
     assert max_error(found[0][1], found[1][1]) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["expert", "router"])
+def test_checkpointing_and_autocast_leave_the_gradients(kind: str, mixture: Mixture, family: StableDiffusion) -> None:
+    shake(mixture)
+    own = settings(gan_steps=2, guidance_scale=1.0, phases={"": phase(2, Adversary(0.5, 0.5))})
+    router = AssembleSettings(1e-2, 0.5, 2, 4, caption_dropout=0, seed=5)
+    pictures, found = random_pictures(6, family), []
+    for precision, is_checkpointed in (("no", False), ("no", True), ("bf16", False)):
+        if is_checkpointed:
+            family.checkpoint_gradients()
+        else:
+            family.denoiser.disable_gradient_checkpointing()
+        made = distill_router(mixture, family, own, router) if kind == "router" else distill(mixture, family, own)[-1]
+        backward(made, family)
+        for parameter in made.stage.parameters():
+            parameter.grad = None
+        made.stage.objective.backward(0, family, pictures, made.stage.plan.draw(pictures, family, 0), precision)
+        assert all(p.grad is not None for p, _ in made.stage.learners[0].slices)
+        found.append(torch.cat([p.grad.flatten() for p, _ in made.stage.learners[-1].slices if p.grad is not None]))
+    assert max_error(found[0], found[1]) < 1e-6
+    assert (found[0] - found[2]).norm() < 0.1 * found[0].norm()
+
+
 def test_the_generator_learns_every_tenth_step_only(family: StableDiffusion, mixture: Mixture, tmp_path: Path) -> None:
     made = distill(mixture, family, settings(steps=20, generator_interval=10))[0]
     shake(mixture)

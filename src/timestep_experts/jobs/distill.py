@@ -81,6 +81,7 @@ def distill_router_arm(recipe: Recipe, arm: str, workshop: Workshop) -> None:
         if missing := _unfinished(folder, stages):
             raise ValueError(f"arm {arm!r} is not distilled yet ({', '.join(missing)} missing in {folder})")
         _train_experts(own, folder, stages, set(), mixture, workshop)
+        del stages  # and with them the copy of the base that they share
         assert own.assemble is not None  # its settings were built
         router = distill_router(mixture, workshop.family, settings, assembling)
         _run(own, folder, router, own.assemble.optimizer, mixture, workshop, "route")

@@ -142,13 +142,17 @@ class _Moment:
         generator, chunk = self.owner.generator, self.chunk
         t, noises = chunk.t.to(self.device), chunk.renoise.to(self.device)
         with self._autocast():
-            if self.owner.inputs == "backsim":
-                noisy = generator.input_at(chunk.step, noises, self._conditioning)
-            else:
-                fresh = noises[torch.arange(len(chunk)), chunk.step]
-                is_start = (chunk.step == 0).to(self.device).reshape(-1, 1, 1, 1)
-                noisy = torch.where(is_start, fresh, self.family.noise.add_noise(self.latents, fresh, t))
+            noisy = self._generator_input(t, noises)
+        with self._autocast():  # anew: it would keep the casts of weights that were made without a graph
             return generator.clean(noisy, t, self.conditioning)
+
+    def _generator_input(self, t: Tensor, noises: Tensor) -> Tensor:
+        step = self.chunk.step
+        if self.owner.inputs == "backsim":
+            return self.owner.generator.input_at(step, noises, self._conditioning)
+        fresh = noises[torch.arange(len(step)), step]
+        is_start = (step == 0).to(self.device).reshape(-1, *(1,) * (fresh.dim() - 1))
+        return torch.where(is_start, fresh, self.family.noise.add_noise(self.latents, fresh, t))
 
     @torch.no_grad()
     def matching_gradient(self, clean: Tensor) -> Tensor:
