@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from timestep_experts.mixture import Mixture
 from timestep_experts.models import Family
 from timestep_experts.models.family import Conditioning
+from timestep_experts.models.quantization import is_quantised
 from timestep_experts.objectives import clean_from_noise
 
 SAMPLER = "LCMScheduler"
@@ -108,7 +109,7 @@ def require_distillable(family: Family) -> None:
             f"{family.source}: its prediction_type is {prediction or 'a flow'!r}; only bases that predict noise"
             " ('epsilon') can be distilled"
         )
-    if not all(parameter.dtype.is_floating_point for parameter in denoiser.parameters()):
+    if is_quantised(denoiser):
         raise ValueError(f"{family.source}: a quantised base cannot be distilled, for its copy is trained")
 
 
