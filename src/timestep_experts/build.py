@@ -261,7 +261,7 @@ def build_mixture(recipe: Recipe, family: Family) -> Mixture:
     Contexts fostered jointly rest at gate 1: experts that grew up together only fit each other together.
     """
     spec = build_spec(recipe.experts, family.noise.num_train_timesteps)
-    if recipe.foster.method == "joint":
+    if recipe.distill is None and recipe.foster.method == "joint":
         spec = spec.with_resting_gates(1.0)
     networks, targets = build_targets(recipe.experts, family.denoisers, family.text_encoders)
     mixture = Mixture.attach(
@@ -287,8 +287,8 @@ def build_foster_settings(recipe: Recipe, text_encoders: Collection[str]) -> Fos
     return FosterSettings(
         method=foster.method,
         train_batch_size=foster.train_batch_size,
-        learning_rates={s.label: _per_expert(s, s.learning_rate, foster.learning_rate) for s in scales},
-        max_train_steps={s.label: _per_expert(s, s.max_train_steps, foster.max_train_steps) for s in scales},
+        learning_rates={s.label: numbers_per_expert(s, s.learning_rate, foster.learning_rate) for s in scales},
+        max_train_steps={s.label: numbers_per_expert(s, s.max_train_steps, foster.max_train_steps) for s in scales},
         caption_dropout=recipe.data.caption_dropout,
         seed=recipe.seed,
         rate_factors=dict.fromkeys(text_encoders, factor),
@@ -296,7 +296,14 @@ def build_foster_settings(recipe: Recipe, text_encoders: Collection[str]) -> Fos
     )
 
 
-def _per_expert(scale: ScaleConfig, own: Number | tuple[Number, ...] | None, default: Number) -> tuple[Number, ...]:
+def numbers_per_expert(
+    scale: ScaleConfig, own: Number | tuple[Number, ...] | None, default: Number
+) -> tuple[Number, ...]:
+    """A scale's own value or the default, spelled out for each of its experts.
+
+    Raises:
+        ValueError: there are not as many values as experts.
+    """
     value = default if own is None else own
     if not isinstance(value, tuple):
         return (value,) * scale.num_experts
@@ -355,7 +362,7 @@ def build_loss_settings(recipe: Recipe, partition: Partition) -> LossSettings:
 
 
 def build_sample_settings(recipe: Recipe, media: MediaSettings) -> SampleSettings:
-    """How pictures or clips are drawn."""
+    """How pictures or clips are drawn by a base, or by experts that were fostered."""
     evaluation = recipe.evaluation
     return SampleSettings(
         evaluation.scheduler,

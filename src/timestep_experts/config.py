@@ -72,12 +72,13 @@ class ScaleConfig(_Strict):
     role: Literal["auto", "core", "context"] = Field("auto", description="auto: the finest scale is the core")
     learning_rate: PositiveFloat | tuple[PositiveFloat, ...] | None = Field(None, description="own, or one per expert")
     max_train_steps: PositiveInt | tuple[PositiveInt, ...] | None = Field(None, description="own, or one per expert")
+    gan_train_steps: PositiveInt | tuple[PositiveInt, ...] | None = Field(None, description="the same, of distill.gan")
 
     @model_validator(mode="after")
     def _one_partition(self) -> ScaleConfig:
         if (self.intervals is None) == (self.boundaries is None):
             raise ValueError("give either intervals or boundaries")
-        for key in ("learning_rate", "max_train_steps"):
+        for key in ("learning_rate", "max_train_steps", "gan_train_steps"):
             value = getattr(self, key)
             if isinstance(value, tuple) and len(value) != self.num_experts:
                 raise ValueError(f"{self.num_experts} experts need as many values of {key}; got {len(value)} values")
@@ -129,6 +130,34 @@ class FosterConfig(_Strict):
     text_learning_rate: PositiveFloat | None = Field(None, description="on text encoders; null: learning_rate")
     text_weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="there; null: the optimiser's")
     optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class GanConfig(_Strict):
+    """The second phase of distillation: the same with a discriminator."""
+
+    max_train_steps: PositiveInt = 5000
+    train_batch_size: PositiveInt = Field(16, description="per step of the generator that an expert owns")
+    learning_rate: PositiveFloat = 5e-7
+    fake_learning_rate: PositiveFloat | None = Field(None, description="null: learning_rate")
+    generator_weight: Annotated[float, Field(ge=0)] = 1e-3
+    discriminator_weight: Annotated[float, Field(ge=0)] = 1e-2
+
+
+class DistillConfig(_Strict):
+    """In place of fostering: a few-step generator, by distribution matching."""
+
+    timesteps: tuple[int, ...] = Field((999, 749, 499, 249), description="of the generator's steps, descending")
+    inputs: Literal["backsim", "real"] = Field(
+        "backsim", description="experts see what earlier ones draw, or training pictures made noisy"
+    )
+    guidance_scale: Annotated[float, Field(ge=0)] = Field(1.75, description="of the real score; the generator has none")
+    generator_interval: PositiveInt = Field(10, description="updates of the fake score (steps) per generator update")
+    max_train_steps: PositiveInt = 20000
+    train_batch_size: PositiveInt = Field(32, description="per step of the generator that an expert owns")
+    learning_rate: PositiveFloat = 1e-5
+    fake_learning_rate: PositiveFloat | None = Field(None, description="of the fake score; null: learning_rate")
+    gan: GanConfig | None = Field(GanConfig(), description="null: no second phase")
+    optimizer: OptimizerConfig = OptimizerConfig(max_grad_norm=10.0)
 
 
 class AssembleConfig(_Strict):
@@ -186,22 +215,34 @@ class Recipe(_Strict):
     data: DataConfig
     experts: ExpertsConfig
     foster: FosterConfig = FosterConfig()
+    distill: DistillConfig | None = Field(None, description="in place of foster; assemble then goes by its losses too")
     assemble: AssembleConfig | None = AssembleConfig()
     modes: tuple[Literal["switch", "route"], ...] = Field(("switch", "route"), description="in which it is evaluated")
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     arms: Mapping[str, Mapping[str, Any]] = Field(
-        {}, description="named variations of experts, foster, assemble, modes"
+        {}, description="named variations of experts, foster, distill, assemble, modes"
     )
+
+    @model_validator(mode="after")
+    def _distilled_or_fostered(self) -> Recipe:
+        if self.distill is not None and "foster" in self.model_fields_set:
+            raise ValueError("experts are fostered or distilled; give foster or distill, not both")
+        if self.distill is not None and self.training.base_quantization is not None:
+            raise ValueError("distill trains a copy of the base, so training.base_quantization must be null")
+        has_gan = self.distill is not None and self.distill.gan is not None
+        if not has_gan and any(scale.gan_train_steps is not None for scale in self.experts.scales):
+            raise ValueError("experts.scales: gan_train_steps is of distill.gan, which this recipe does not have")
+        return self
 
     @model_validator(mode="after")
     def _arms_are_recipes(self) -> Recipe:
         for name, changes in self.arms.items():
-            foreign = sorted(set(changes) - {"experts", "foster", "assemble", "modes"})
+            foreign = sorted(set(changes) - {"experts", "foster", "distill", "assemble", "modes"})
             if foreign or name == MAIN_ARM or not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(
-                    f"arms.{name}: an arm may change experts, foster, assemble and modes; its name is made of letters,"
-                    f" digits, - and _, and is not {MAIN_ARM!r}; got {', '.join(foreign) or 'a bad name'}"
+                    f"arms.{name}: an arm may change experts, foster, distill, assemble and modes; its name is made of"
+                    f" letters, digits, - and _, and is not {MAIN_ARM!r}; got {', '.join(foreign) or 'a bad name'}"
                 )
         return self
 

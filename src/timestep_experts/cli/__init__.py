@@ -72,7 +72,7 @@ def _is_raised_by_us(error: BaseException) -> bool:
 
 @app.command()
 def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Do everything: foster and assemble all arms, measure them, print the table and write the report."""
+    """Do everything: foster (or distill) and assemble all arms, measure them, print the table and write the report."""
     loaded = _load(recipe, overrides)
     quiet_libraries()
     if dry_run:
@@ -98,6 +98,29 @@ def foster(recipe: RecipePath, overrides: Overrides = None, arm: Arm = None, dry
 
 
 @app.command()
+def distill(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    arm: Arm = None,
+    expert: Annotated[
+        list[str] | None, typer.Option(help="Only this one, e.g. n4.3; may be given several times.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """In place of stage 1: train a few-step generator, one expert after the other; writes a bundle to switch with."""
+    _quiet_libraries()
+    from timestep_experts import jobs
+
+    def distill_if_asked(loaded: Any, name: str, workshop: Any) -> None:
+        if arm is None and not jobs.is_distilled(loaded, name):
+            return
+        if not jobs.distill_arm(loaded, name, workshop, expert or ()):
+            console.print(f"{name}: some experts are still to be distilled")
+
+    _stage(recipe, overrides, arm, dry_run, distill_if_asked)
+
+
+@app.command()
 def assemble(recipe: RecipePath, overrides: Overrides = None, arm: Arm = None, dry_run: DryRun = False) -> None:
     """Stage 2: train the routers of fostered experts; writes a bundle to route with."""
     quiet_libraries()
@@ -105,7 +128,7 @@ def assemble(recipe: RecipePath, overrides: Overrides = None, arm: Arm = None, d
 
     def assemble_if_any(loaded: Any, name: str, workshop: Any) -> None:
         if arm is not None or jobs.has_second_stage(loaded, name):
-            jobs.assemble_arm(loaded, name, workshop)
+            _assemble_arm(loaded, name, workshop)
 
     _stage(recipe, overrides, arm, dry_run, assemble_if_any)
 
@@ -124,10 +147,12 @@ def sample(
     output: Annotated[Path, typer.Option(help="Where to put pictures and a contact sheet.")] = Path("samples"),
     model: Annotated[str | None, typer.Option(help="The base; default: the one the bundle was made on.")] = None,
     mode: Annotated[str | None, typer.Option(help="switch, route or off; default: the bundle's own.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Inference steps.")] = 20,
-    guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance scale.")] = 3.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: 20, or a generator's own.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="Classifier-free guidance; default: 3, or none for a generator.")
+    ] = None,
     scheduler: Annotated[
-        str | None, typer.Option(help="Any scheduler of diffusers; without it, the base's own.")
+        str | None, typer.Option(help="Any scheduler of diffusers; default: the base's own, or a generator's.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Picture i starts from seed + i.")] = 0,
     height: Annotated[int | None, typer.Option(min=1, help="In pixels; default: as trained.")] = None,
@@ -250,9 +275,19 @@ def _train_arm(recipe: Any, arm: str, workshop: Any) -> None:
     from timestep_experts import jobs
 
     console.rule(f"[bold]{arm}", align="left")
-    jobs.foster_arm(recipe, arm, workshop)
+    if jobs.is_distilled(recipe, arm):
+        jobs.distill_arm(recipe, arm, workshop)
+    else:
+        jobs.foster_arm(recipe, arm, workshop)
     if jobs.has_second_stage(recipe, arm):
-        jobs.assemble_arm(recipe, arm, workshop)
+        _assemble_arm(recipe, arm, workshop)
+
+
+def _assemble_arm(recipe: Any, arm: str, workshop: Any) -> None:
+    from timestep_experts import jobs
+
+    job = jobs.distill_router_arm if jobs.is_distilled(recipe, arm) else jobs.assemble_arm
+    job(recipe, arm, workshop)
 
 
 def _evaluate(recipe: Any, workshop: Any) -> None:
@@ -276,8 +311,8 @@ def _print_plan(recipe: Any, arm: str | None = None) -> None:
     table = Table(*titles, *parts, title=f"plan; estimated memory of training on {device}, at its peak")
     for stage in make_plan(recipe, arm, with_memory=True):
         low, high = stage.samples_per_expert
-        memory = stage.memory
-        assert memory is not None  # it was asked for
+        memory = stage.memory  # not known of distillation
+        sizes = () if memory is None else (memory.base, memory.experts, memory.activations, memory.peak)
         table.add_row(
             stage.arm,
             stage.stage,
@@ -286,7 +321,7 @@ def _print_plan(recipe: Any, arm: str | None = None) -> None:
             f"{stage.steps:,}",
             f"{low:,}" if low == high else f"{low:,} to {high:,}",
             f"{stage.samples:,}",
-            *(_size(size) for size in (memory.base, memory.experts, memory.activations, memory.peak)),
+            *([_size(size) for size in sizes] or ["not estimated"] * len(parts)),
         )
     console.print(table)
 

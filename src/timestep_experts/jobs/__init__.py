@@ -4,15 +4,19 @@ Layout of ``output_dir``: ``recipe.yaml``, ``cache/``, ``evaluation/``, ``report
 ``arms/<arm>/`` with one folder per stage and the ``bundle/``.
 """
 
+from timestep_experts.jobs.distill import distill_arm, distill_router_arm, is_distilled
 from timestep_experts.jobs.evaluate import evaluate, reported_partition, write_run_report
 from timestep_experts.jobs.plan import make_plan, planned_device
 from timestep_experts.jobs.train import assemble_arm, foster_arm, has_second_stage, prepare_output
 
 __all__ = [
     "assemble_arm",
+    "distill_arm",
+    "distill_router_arm",
     "evaluate",
     "foster_arm",
     "has_second_stage",
+    "is_distilled",
     "make_plan",
     "planned_device",
     "prepare_output",

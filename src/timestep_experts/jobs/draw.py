@@ -18,6 +18,7 @@ from timestep_experts.mixture import MODES, Mode
 from timestep_experts.models import Family, load_family
 
 _BATCH_SIZE = 16
+_STEPS, _GUIDANCE = 20, 3.0
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class DrawSettings:
         model: the base.
         mode: ``switch``, ``route`` or ``off``.
         scheduler: the name of a diffusers scheduler.
-        num_inference_steps: denoising steps.
-        guidance_scale: of classifier-free guidance.
+        num_inference_steps: denoising steps; ``None``: a generator's own, or else 20.
+        guidance_scale: of classifier-free guidance; ``None``: a generator's own, or else 3.
         seed: of the first picture.
         height: in pixels.
         width: in pixels.
@@ -40,8 +41,8 @@ class DrawSettings:
     model: str | None = None
     mode: str | None = None
     scheduler: str | None = None
-    num_inference_steps: int = 20
-    guidance_scale: float = 3.0
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
     seed: int = 0
     height: int | None = None
     width: int | None = None
@@ -68,15 +69,17 @@ def draw(bundle: Path, prompts: Sequence[str], output: Path, settings: DrawSetti
     num_frames = trained.num_frames if isinstance(trained, ClipSettings) else None
     if num_frames is None and (settings.num_frames or settings.fps):
         raise ValueError(f"{family.source} draws pictures: num_frames and fps are for video models")
+    scheduler, num_steps, guidance, timesteps = _sampler(loaded, settings)
     sampling = SampleSettings(
-        settings.scheduler,
-        settings.num_inference_steps,
-        settings.guidance_scale,
+        scheduler,
+        num_steps,
+        guidance,
         (settings.height or trained.height, settings.width or trained.width),
         _BATCH_SIZE if num_frames is None else 1,
         settings.seed,
         settings.num_frames or num_frames,
         loaded.provenance.get("recipe", {}).get("max_sequence_length"),
+        timesteps,
     )
     with counted(pipeline) as cost:
         media = sample(pipeline, prompts, sampling)
@@ -84,6 +87,20 @@ def draw(bundle: Path, prompts: Sequence[str], output: Path, settings: DrawSetti
     paths = save_media(output, media, names, settings.fps or frames_per_second(trained))
     save_media_sheet(output / SHEET, media, prompts)
     return [*paths, output / SHEET], cost
+
+
+def _sampler(bundle: Bundle, settings: DrawSettings) -> tuple[str | None, int, float, tuple[int, ...] | None]:
+    """Scheduler, steps, guidance and timesteps: a generator's own where its bundle says so and nobody else does.
+
+    Its timesteps are left with another scheduler or number of steps, and in mode off, in which there is no generator.
+    """
+    own = bundle.provenance.get("sampling") or {} if settings.mode != "off" else {}
+    guidance = own.get("guidance_scale", _GUIDANCE) if settings.guidance_scale is None else settings.guidance_scale
+    timesteps = tuple(own.get("timesteps") or ())
+    if not timesteps or settings.scheduler is not None or settings.num_inference_steps not in (None, len(timesteps)):
+        scheduler = settings.scheduler or own.get("scheduler")
+        return scheduler, settings.num_inference_steps or len(timesteps) or _STEPS, guidance, None
+    return own["scheduler"], len(timesteps), guidance, timesteps
 
 
 def _load_base(source: str, bundle: Bundle) -> Family:

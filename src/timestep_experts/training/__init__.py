@@ -1,16 +1,23 @@
 """Training the experts: one loop, short stages over it, checkpoints that resume to the byte."""
 
 from timestep_experts.training.assemble import AssembleSettings, assemble
+from timestep_experts.training.distill import DistillSettings, PhaseSettings, distill, distill_router
 from timestep_experts.training.foster import FosterMethod, FosterSettings, foster
 from timestep_experts.training.loop import LoopSettings
+from timestep_experts.training.matching import Adversary
 from timestep_experts.training.optimiser import OptimiserSettings
 
 __all__ = [
+    "Adversary",
     "AssembleSettings",
+    "DistillSettings",
     "FosterMethod",
     "FosterSettings",
     "LoopSettings",
     "OptimiserSettings",
+    "PhaseSettings",
     "assemble",
+    "distill",
+    "distill_router",
     "foster",
 ]
