@@ -108,7 +108,7 @@ def distill(
     dry_run: DryRun = False,
 ) -> None:
     """In place of stage 1: train a few-step generator, one expert after the other; writes a bundle to switch with."""
-    _quiet_libraries()
+    quiet_libraries()
     from timestep_experts import jobs
 
     def distill_if_asked(loaded: Any, name: str, workshop: Any) -> None:
