@@ -30,7 +30,13 @@ from timestep_experts.inference.sample import choose_scheduler
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale, asymmetric
 from timestep_experts.models import Family, load_family
-from timestep_experts.training import AssembleSettings, FosterSettings, LoopSettings, OptimiserSettings
+from timestep_experts.training import (
+    AssembleSettings,
+    DecoupleSettings,
+    FosterSettings,
+    LoopSettings,
+    OptimiserSettings,
+)
 from timestep_experts.world.judge import ASSETS
 from timestep_experts.world.scenes import parse_caption
 
@@ -307,6 +313,37 @@ def build_assemble_settings(recipe: Recipe) -> AssembleSettings:
         train_batch_size=recipe.assemble.train_batch_size,
         caption_dropout=recipe.data.caption_dropout,
         seed=recipe.seed,
+    )
+
+
+def build_decouple_settings(recipe: Recipe, num_train_timesteps: int) -> DecoupleSettings:
+    """Full copies, one per range; numbers per range are spelled out.
+
+    Raises:
+        ValueError: the recipe decouples nothing, its base has lost precision, or its ranges do not fit.
+    """
+    config = recipe.decouple
+    if config is None:
+        raise ValueError("recipe.decouple: this recipe has no such section, so there is nothing to decouple")
+    if recipe.training.base_quantization is not None:
+        raise ValueError("recipe.training.base_quantization: a quantised base cannot be copied and trained; use null")
+    options = config.model_dump(exclude={"intervals", "boundaries", "optimizer", "max_train_steps"})
+    steps = config.max_train_steps
+    if config.boundaries is None:
+        partition = Partition.uniform(config.num_ranges, num_train_timesteps)
+    else:
+        partition = Partition(config.boundaries)
+    if partition.num_train_timesteps != num_train_timesteps:
+        raise ValueError(
+            f"recipe.decouple.boundaries end at {partition.num_train_timesteps:g}; this base model has"
+            f" {num_train_timesteps} timesteps"
+        )
+    return DecoupleSettings(
+        partition=partition,
+        max_train_steps=steps if isinstance(steps, tuple) else (steps,) * config.num_ranges,
+        caption_dropout=recipe.data.caption_dropout,
+        seed=recipe.seed,
+        **options,
     )
 
 

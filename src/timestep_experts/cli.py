@@ -7,7 +7,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -108,6 +108,34 @@ def assemble(recipe: RecipePath, overrides: Overrides = None, arm: Arm = None, d
             jobs.assemble_arm(loaded, name, workshop)
 
     _stage(recipe, overrides, arm, dry_run, assemble_if_any)
+
+
+@app.command()
+def decouple(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    range_: Annotated[
+        list[int] | None,
+        typer.Option("--range", help="Only this range, from 0 at low noise; may be given several times."),
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a full copy of the denoiser for every range of timesteps; writes folders for **merge** and **sample**."""
+    loaded = _load(recipe, overrides)
+    _quiet_libraries()
+    from timestep_experts import jobs
+
+    plans = jobs.make_decouple_plan(loaded, range_, with_memory=dry_run)  # what does not fit fails here
+    if dry_run:
+        _print_stages(plans, jobs.planned_device(loaded))
+        return
+    workshop = _workshop(loaded)
+    jobs.prepare_output(loaded)
+    for index in range(len(plans)) if range_ is None else range_:
+        folder, kept = jobs.decouple_range(loaded, index, workshop)
+        console.print(f"range {index}: {_escaped(folder)}", soft_wrap=True)
+        if kept:
+            console.print(f"  projections beside the weights, not in them: {', '.join(kept)}", soft_wrap=True)
 
 
 @app.command()
@@ -329,11 +357,14 @@ def _evaluate(recipe: Any, workshop: Any) -> None:
 def _print_plan(recipe: Any, arm: str | None = None) -> None:
     from timestep_experts.jobs import make_plan, planned_device
 
+    _print_stages(make_plan(recipe, arm, with_memory=True), planned_device(recipe))
+
+
+def _print_stages(stages: Iterable[Any], device: str) -> None:
     titles = ("arm", "stage", "experts", "trained", "steps", "samples per expert", "samples")
     parts = ("base", "experts and optimizer", "activations", "peak")
-    device = planned_device(recipe)
     table = Table(*titles, *parts, title=f"plan; estimated memory of training on {device}, at its peak")
-    for stage in make_plan(recipe, arm, with_memory=True):
+    for stage in stages:
         low, high = stage.samples_per_expert
         memory = stage.memory
         assert memory is not None  # it was asked for

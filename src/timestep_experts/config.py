@@ -19,6 +19,7 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 
 MAIN_ARM = "main"
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -109,6 +110,9 @@ class ExpertsConfig(_Strict):
     router_knots: Annotated[int, Field(ge=2)] | None = Field(None, description="null: the paper's table over every t")
 
 
+_NO_EXPERTS = ExpertsConfig(scales=(ScaleConfig(intervals=1),))
+
+
 class OptimizerConfig(_Strict):
     """Any optimiser of torch.optim, or one of bitsandbytes or torchao."""
 
@@ -139,6 +143,48 @@ class AssembleConfig(_Strict):
     learning_rate: PositiveFloat = 1e-4
     table_learning_rate: PositiveFloat | None = Field(None, description="of E; null: 50 times learning_rate")
     optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class DecoupleOptimizerConfig(OptimizerConfig):
+    """The same with DeMe's options."""
+
+    options: Mapping[str, float | bool | tuple[float, ...]] = {"weight_decay": 1e-6, "betas": (0.95, 0.999)}
+
+
+class DecoupleConfig(_Strict):
+    """Full copies of the denoiser, one per range of timesteps."""
+
+    intervals: PositiveInt | None = Field(None, description="this many equal ranges")
+    boundaries: tuple[float, ...] | None = Field(None, description="or explicit ones, from 0 to T")
+    max_train_steps: PositiveInt | tuple[PositiveInt, ...] = Field(20000, description="updates, or one per range")
+    learning_rate: PositiveFloat = 5e-5
+    train_batch_size: PositiveInt = Field(64, description="samples per optimiser update")
+    optimizer: DecoupleOptimizerConfig = DecoupleOptimizerConfig()
+    trainable: str | None = Field(None, description="a regular expression of whole parameter names; null: all")
+    projection: Literal["off", "paper", "foldable"] = "off"
+    consistency: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(1.0, description="lambda; 0: off")
+    full_range_probability: Annotated[float, Field(ge=0, le=1)] = Field(0.3, description="p: t from all timesteps")
+    sampling: Literal["sample", "batch"] = Field("sample", description="what p is thrown for")
+    antithetic: bool = Field(False, description="draw t in mirrored pairs")
+    weighting: Literal["none", "snr_plus_one", "truncated", "min_snr", "p2", "uncertainty"] = "none"
+    uncertainty_intervals: PositiveInt = Field(4, description="ranges of t that have a log-variance of their own")
+    uncertainty_learning_rate: PositiveFloat = 1e-3
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = Field(0.9999, description="null: keep the last weights")
+    ema_warmup: bool = Field(True, description="the decay of update n is at most (1 + n) / (10 + n)")
+
+    @model_validator(mode="after")
+    def _one_partition(self) -> DecoupleConfig:
+        if (self.intervals is None) == (self.boundaries is None):
+            raise ValueError("give either intervals or boundaries")
+        steps = self.max_train_steps
+        if isinstance(steps, tuple) and len(steps) != self.num_ranges:
+            raise ValueError(f"{self.num_ranges} ranges need as many values of max_train_steps; got {len(steps)}")
+        return self
+
+    @property
+    def num_ranges(self) -> int:
+        """How many experts there are."""
+        return self.intervals or len(self.boundaries or ()) - 1
 
 
 class TrainingConfig(_Strict):
@@ -174,6 +220,16 @@ class EvaluationConfig(_Strict):
     judge: Literal["auto", "scenes", "off"] = Field("auto", description="auto: where captions are the embedded world's")
 
 
+class _Lacking(dict[str, Any]):
+    """A recipe without experts and anything else to train, in the place of its experts."""
+
+
+def _present(value: Any) -> Any:
+    if isinstance(value, _Lacking):
+        raise PydanticKnownError("missing")
+    return value
+
+
 class Recipe(_Strict):
     """Everything that decides a run."""
 
@@ -184,15 +240,30 @@ class Recipe(_Strict):
     seed: int = 0
     device: str = Field("auto", description="auto: cuda where there is one, else cpu")
     data: DataConfig
-    experts: ExpertsConfig
+    experts: Annotated[ExpertsConfig, BeforeValidator(_present)] = Field(
+        _NO_EXPERTS, description="may be left out where there is decouple"
+    )
     foster: FosterConfig = FosterConfig()
     assemble: AssembleConfig | None = AssembleConfig()
+    decouple: DecoupleConfig | None = Field(None, description="full copies; of the command decouple")
     modes: tuple[Literal["switch", "route"], ...] = Field(("switch", "route"), description="in which it is evaluated")
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     arms: Mapping[str, Mapping[str, Any]] = Field(
         {}, description="named variations of experts, foster, assemble, modes"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _something_is_trained(cls, document: Any) -> Any:
+        if isinstance(document, Mapping) and "experts" not in document and document.get("decouple") is None:
+            return {**document, "experts": _Lacking(document)}
+        return document
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether it says which experts are fostered."""
+        return "experts" in self.model_fields_set
 
     @model_validator(mode="after")
     def _arms_are_recipes(self) -> Recipe:

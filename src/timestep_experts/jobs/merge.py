@@ -16,11 +16,10 @@ from tqdm import tqdm
 from timestep_experts import __version__
 from timestep_experts.formats.atomic import atomic_path, write_json
 from timestep_experts.formats.checkpoints import Checkpoint, TensorInfo, file_sha256, weights_sha256, write_streamed
+from timestep_experts.formats.experts import BASE_KEY
 from timestep_experts.formats.model_folders import copy_around, find_weights, write_index
 from timestep_experts.merging import METHODS, MergeSettings, merge_tensor
 
-BASE_KEY = "base_sha256"
-"""Metadata of an expert's weights: the hash of the base that it was trained from, see `weights_sha256`."""
 MERGE_KEY = "timestep_experts_merge"
 """Metadata of merged weights: the record of the merge, as JSON."""
 
