@@ -147,8 +147,9 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 @app.command()
 def sample(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
     prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.")],
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle's folder.")] = None,
+    ensemble: Annotated[Path | None, typer.Option(help="Or a run's folder of decoupled experts, not merged.")] = None,
     output: Annotated[Path, typer.Option(help="Where to put pictures and a contact sheet.")] = Path("samples"),
     model: Annotated[str | None, typer.Option(help="The base; default: the one the bundle was made on.")] = None,
     mode: Annotated[str | None, typer.Option(help="switch, route or off; default: the bundle's own.")] = None,
@@ -163,12 +164,18 @@ def sample(
     num_frames: Annotated[int | None, typer.Option(min=1, help="Of clips; default: as trained.")] = None,
     fps: Annotated[float | None, typer.Option(min=0.1, help="Of clips' files; default: as trained, or 8.")] = None,
 ) -> None:
-    """Draw pictures, or clips with a video model, with a trained bundle."""
+    """Draw pictures, or clips with a video model, with a trained bundle or an ensemble of decoupled experts."""
     _quiet_libraries()
-    from timestep_experts.jobs.draw import DrawSettings, draw
+    from timestep_experts.jobs.draw import DrawSettings, draw, draw_ensemble
 
     settings = DrawSettings(model, mode, scheduler, steps, guidance, seed, height, width, num_frames, fps)
-    paths, cost = draw(bundle, prompt, output, settings)
+    if (bundle is None) == (ensemble is None):
+        raise ValueError("give either a bundle's folder or --ensemble")
+    if ensemble is not None:
+        paths, cost, num_swaps = draw_ensemble(ensemble, prompt, output, settings)
+        console.print(f"experts were put into the denoiser {num_swaps:,} times")
+    elif bundle is not None:
+        paths, cost = draw(bundle, prompt, output, settings)
     kind = "clips" if paths[0].suffix == ".mp4" else "pictures"
     count = len(paths) - 1
     console.print(f"{count} {kind} and {paths[-1].name} in {output}; {cost.per_picture(count)}")
@@ -219,6 +226,8 @@ def merge(
         f" how is in {_escaped(merged.record)}",
         soft_wrap=True,
     )
+    if merged.kept_projections:
+        console.print(f"  projections beside the weights, not in them: {', '.join(merged.kept_projections)}")
     for name in merged.left_out:
         console.print(f"  not copied, for it holds weights that were not merged: {_escaped(name)}", soft_wrap=True)
 

@@ -1,10 +1,11 @@
-"""Draw pictures or clips with a bundle."""
+"""Draw pictures or clips with a bundle, or with decoupled experts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,8 @@ from timestep_experts.build import BASE_DTYPES, resolve_model
 from timestep_experts.config import ClipsConfig
 from timestep_experts.data import ClipSettings, PictureSettings
 from timestep_experts.formats import Bundle, load_bundle
-from timestep_experts.inference import DrawingCost, SampleSettings, attach, counted, sample
+from timestep_experts.formats.experts import find_experts
+from timestep_experts.inference import DrawingCost, SampleSettings, attach, attach_ensemble, counted, sample
 from timestep_experts.jobs.media import SHEET, frames_per_second, save_media, save_media_sheet
 from timestep_experts.mixture import MODES, Mode
 from timestep_experts.models import Family, load_family
@@ -62,9 +64,20 @@ def draw(bundle: Path, prompts: Sequence[str], output: Path, settings: DrawSetti
     family = _load_base(settings.model or loaded.base_model, loaded)
     if not family.text_encoders:
         raise ValueError(f"{family.source} is a {type(family.pipeline()).__name__}: it draws nothing for a prompt")
+    attach(family.pipeline(), loaded, mode)
+    recipe = loaded.provenance.get("recipe", {})
+    return _draw(family, _trained_media(recipe, family), recipe, prompts, output, settings)
+
+
+def _draw(
+    family: Family,
+    trained: ClipSettings | PictureSettings,
+    recipe: Mapping[str, Any],
+    prompts: Sequence[str],
+    output: Path,
+    settings: DrawSettings,
+) -> tuple[list[Path], DrawingCost]:
     pipeline = family.pipeline()
-    attach(pipeline, loaded, mode)
-    trained = _trained_media(loaded, family)
     num_frames = trained.num_frames if isinstance(trained, ClipSettings) else None
     if num_frames is None and (settings.num_frames or settings.fps):
         raise ValueError(f"{family.source} draws pictures: num_frames and fps are for video models")
@@ -76,7 +89,7 @@ def draw(bundle: Path, prompts: Sequence[str], output: Path, settings: DrawSetti
         _BATCH_SIZE if num_frames is None else 1,
         settings.seed,
         settings.num_frames or num_frames,
-        loaded.provenance.get("recipe", {}).get("max_sequence_length"),
+        recipe.get("max_sequence_length"),
     )
     with counted(pipeline) as cost:
         media = sample(pipeline, prompts, sampling)
@@ -84,6 +97,36 @@ def draw(bundle: Path, prompts: Sequence[str], output: Path, settings: DrawSetti
     paths = save_media(output, media, names, settings.fps or frames_per_second(trained))
     save_media_sheet(output / SHEET, media, prompts)
     return [*paths, output / SHEET], cost
+
+
+def draw_ensemble(
+    experts: Path, prompts: Sequence[str], output: Path, settings: DrawSettings
+) -> tuple[list[Path], DrawingCost, int]:
+    """Draw with decoupled experts that are not merged, each at its own timesteps.
+
+    A base without text draws one picture per prompt all the same.
+
+    Args:
+        experts: a run's ``decoupled`` folder.
+        prompts: one per picture or clip.
+        output: where to.
+        settings: see there; ``mode`` does not apply.
+
+    Returns:
+        As `draw`, and how often another expert was put into the denoiser.
+
+    Raises:
+        ValueError: the experts or the base cannot be used, or a mode is asked for.
+    """
+    if settings.mode is not None:
+        raise ValueError(f"mode {settings.mode!r} is for bundles; an ensemble has one expert at a time")
+    folders, partition, record = find_experts(experts)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    family = load_family(resolve_model(settings.model or record.base_model), device)
+    ensemble = attach_ensemble(family.pipeline(), folders, partition)
+    trained = _trained_media(record.provenance.get("recipe", {}), family)
+    paths, cost = _draw(family, trained, record.provenance.get("recipe", {}), prompts, output, settings)
+    return paths, cost, ensemble.num_swaps
 
 
 def _load_base(source: str, bundle: Bundle) -> Family:
@@ -94,9 +137,8 @@ def _load_base(source: str, bundle: Bundle) -> Family:
     return load_family(resolve_model(source), device, dtype, training.get("base_quantization"))
 
 
-def _trained_media(bundle: Bundle, family: Family) -> ClipSettings | PictureSettings:
-    """What the bundle was trained on, as far as it says; else what the base draws."""
-    recipe = bundle.provenance.get("recipe", {})
+def _trained_media(recipe: Mapping[str, Any], family: Family) -> ClipSettings | PictureSettings:
+    """What experts were trained on, as far as their recipe says; else what the base draws."""
     height, width = recipe.get("resolution") or family.default_size
     if family.default_num_frames is None:
         return PictureSettings(height, width)

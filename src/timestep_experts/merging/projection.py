@@ -19,8 +19,6 @@ from torch.nn import functional
 
 Placement: TypeAlias = Literal["off", "paper", "foldable"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
-SUFFIX = ".projection"
-"""A projection's name is that of the module whose output it changes, and this."""
 
 _FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVOLUTIONS: Mapping[int, Callable[..., Tensor]] = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
@@ -43,6 +41,11 @@ class Place:
     channels: int
     channels_last: bool
     folds_into: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the projection: ``<module>.projection``."""
+        return f"{self.module}.projection"
 
 
 def find_places(denoiser: nn.Module, placement: Placement) -> list[Place]:
@@ -91,12 +94,11 @@ class Projections(nn.Module):
 
     def named_deltas(self) -> dict[str, nn.Parameter]:
         """``W - I`` by ``<module>.projection``."""
-        return {place.module + SUFFIX: delta for place, delta in zip(self.places, self.deltas, strict=True)}
+        return {place.name: delta for place, delta in zip(self.places, self.deltas, strict=True)}
 
     def kept(self) -> dict[str, nn.Parameter]:
         """Those that do not fold."""
-        kept = {place.module + SUFFIX for place in self.places if not place.folds_into}
-        return {name: delta for name, delta in self.named_deltas().items() if name in kept}
+        return {p.name: d for p, d in zip(self.places, self.deltas, strict=True) if not p.folds_into}
 
     def detach_hooks(self) -> None:
         """Take them off: the denoiser computes what its own weights say."""
@@ -107,7 +109,7 @@ class Projections(nn.Module):
 
 def folded_layers(places: list[Place]) -> dict[str, str]:
     """The name of the projection that folds into each layer, by the layer's name."""
-    return {layer: place.module + SUFFIX for place in places for layer in place.folds_into}
+    return {layer: place.name for place in places for layer in place.folds_into}
 
 
 def fold(tensor: Tensor, delta: Tensor) -> Tensor:
