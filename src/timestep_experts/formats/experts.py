@@ -17,7 +17,7 @@ from safetensors.torch import load_file, safe_open
 from torch import Tensor
 
 from timestep_experts.formats.atomic import atomic_path, write_tensors
-from timestep_experts.formats.checkpoints import Checkpoint
+from timestep_experts.formats.checkpoints import Checkpoint, TensorInfo, write_streamed
 from timestep_experts.intervals import Partition
 from timestep_experts.merging import Place
 
@@ -94,7 +94,8 @@ def write_expert(
         draft.mkdir(parents=True)
         save_config(draft)
         metadata = {"format": "pt", **base, EXPERT_KEY: json.dumps(document, ensure_ascii=False, sort_keys=True)}
-        write_tensors(draft / WEIGHTS, {name: tensor.clone() for name, tensor in tensors.items()}, metadata)
+        layout = {n: TensorInfo(tuple(t.shape), t.dtype, draft / WEIGHTS) for n, t in tensors.items()}
+        write_streamed(draft / WEIGHTS, layout, tensors.__getitem__, metadata)  # keeps the order of the metadata
         if projections is not None:
             write_projections(draft / PROJECTIONS, projections)
 
@@ -102,7 +103,7 @@ def write_expert(
 def write_projections(path: Path, projections: StoredProjections) -> None:
     """Write projections and their places."""
     places = json.dumps([asdict(place) for place in projections.places])
-    write_tensors(path, projections.deltas, {"format": "pt", _PLACES_KEY: places})
+    write_tensors(path, projections.deltas, {_PLACES_KEY: places})
 
 
 def read_projections(folder: Path) -> StoredProjections | None:
