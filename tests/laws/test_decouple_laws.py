@@ -350,6 +350,33 @@ def test_updates_are_optimiser_updates(family: StableDiffusion, tmp_path: Path) 
     assert max(max_error(states[0][key], states[1][key]) for key in states[0]) < 2e-6
 
 
+@pytest.mark.parametrize("name", ["sd", "video", "pixart"])
+def test_gradient_checkpointing_trains_the_copy_alike(name: str, tmp_path: Path) -> None:
+    FAMILIES[name]().save_pretrained(tmp_path / name)
+    states = []
+    for checkpointed in (False, True):
+        family = load_family(str(tmp_path / name), torch.device("cpu"))
+        if checkpointed:
+            family.checkpoint_gradients()
+        made = decouple(family, settings(2, projection="foldable", caption_dropout=0.0), 1)
+        pictures, folder = pictures_of(family), tmp_path / str(checkpointed)
+        run_stage(made.stage, made.trainee, made.family, pictures, SGD, LoopSettings(), folder, {})
+        states.append(made.trainee.state_dict())
+        assert not any(p.grad is not None for p in family.denoiser.parameters())
+    # the same operations on the same numbers, run twice
+    assert max(max_error(states[0][key], states[1][key]) for key in states[0]) < 1e-6
+
+
+def test_a_base_in_bf16_is_copied_in_fp32(tmp_path: Path) -> None:
+    FAMILIES["sd"]().save_pretrained(tmp_path)
+    family = load_family(str(tmp_path), torch.device("cpu"), torch.bfloat16)
+    made = decouple(family, settings(), 0)
+    assert {p.dtype for p in made.trainee.denoiser.parameters()} == {torch.float32}
+    state = run(made, tmp_path / "run", mixed_precision="bf16")
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    assert {p.dtype for p in family.denoiser.parameters()} == {torch.bfloat16}
+
+
 # Averages
 
 

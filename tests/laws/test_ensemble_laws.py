@@ -184,3 +184,17 @@ def test_a_second_ensemble_is_refused(tmp_path: Path, pipeline: StableDiffusionP
     attach_ensemble(pipeline, folders(tmp_path, 1, 2), HALVES)
     with pytest.raises(ValueError, match="carries an ensemble already"):
         attach_ensemble(pipeline, folders(tmp_path, 1, 2), HALVES)
+
+
+def test_an_expert_that_cannot_be_read_leaves_a_way_back(tmp_path: Path, pipeline: StableDiffusionPipeline) -> None:
+    before = say(pipeline.unet, torch.tensor(100))
+    places = folders(tmp_path, 1, 2)
+    ensemble = attach_ensemble(pipeline, places, HALVES)
+    say(pipeline.unet, torch.tensor(900))
+    file = places[0] / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="is truncated"):
+        say(pipeline.unet, torch.tensor(100))
+    assert ensemble.active is None
+    ensemble.detach()
+    assert torch.equal(say(pipeline.unet, torch.tensor(100)), before)

@@ -51,12 +51,13 @@ class Ensemble:
         self._sources = [_Source(Checkpoint(folder), read_projections(folder)) for folder in experts]
         for source in self._sources:
             _check_fit(self._targets, source.weights, denoiser)
-        self._projections = _attach_projections(denoiser, self._sources)
         if resident == "all":
             self._base = {name: tensor.data for name, tensor in self._targets.items()}
             self._loaded = [{n: s.weights.get(n).to(t) for n, t in self._targets.items()} for s in self._sources]
         else:
             self._base = {name: tensor.detach().cpu().clone() for name, tensor in self._targets.items()}
+        self._is_changed = False
+        self._projections = _attach_projections(denoiser, self._sources)
         self._reader = list(inspect.signature(denoiser.forward).parameters).index("timestep")
         self._scale = timestep_scale_of(denoiser)
         self._handle = denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
@@ -73,7 +74,7 @@ class Ensemble:
         self._handle.remove()
         if self._projections is not None:
             self._projections.detach_hooks()
-        if self.active is not None:
+        if self._is_changed:
             for name in self._targets:
                 self._put(name, self._base)
         delattr(self.denoiser, _ATTRIBUTE)
@@ -83,6 +84,7 @@ class Ensemble:
         if index == self.active:
             return
         source = self._sources[index]
+        self.active, self._is_changed = None, True  # should reading fail half-way
         for name in self._targets:
             if self.resident == "all":
                 self._put(name, self._loaded[index])
@@ -94,7 +96,7 @@ class Ensemble:
         self.active = index
         self.num_swaps += 1
 
-    def _put(self, name: str, tensors: Mapping[str, Tensor] | dict[str, Tensor]) -> None:
+    def _put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         target, tensor = self._targets[name], tensors[name]
         if self.resident == "all":
             target.data = tensor.to(target.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from timestep_experts.formats.experts import ExpertRecord, StoredProjections, wr
 from timestep_experts.formats.model_folders import find_weights
 from timestep_experts.inference import sample
 from timestep_experts.jobs.media import save_media_sheet
+from timestep_experts.jobs.train import encoders_away
 from timestep_experts.merging import fold, folded_layers
 from timestep_experts.models import Family
 from timestep_experts.training import Decoupled, DecoupleSettings, decouple
@@ -59,7 +60,7 @@ def decouple_range(recipe: Recipe, index: int, workshop: Workshop) -> tuple[Path
     settings = build_decouple_settings(recipe, family.noise.num_train_timesteps)
     assert config is not None  # its settings were built
     decoupled, folder = decouple(family, settings, index), range_folder(recipe, index)
-    with _base_away(family, settings), _encoders_away(recipe, workshop):
+    with _base_away(family, settings), encoders_away(recipe, workshop):
         run_stage(
             decoupled.stage,
             decoupled.trainee,
@@ -84,10 +85,6 @@ def _base_away(family: Family, settings: DecoupleSettings) -> Iterator[None]:
         yield
     finally:
         family.denoiser.to(home)
-
-
-def _encoders_away(recipe: Recipe, workshop: Workshop) -> Any:
-    return workshop.family.encoders_on(torch.device("cpu")) if recipe.training.offload_encoders else nullcontext()
 
 
 def _identity(

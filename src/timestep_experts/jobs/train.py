@@ -106,7 +106,7 @@ def _run(
     folder: Path,
     mode: Mode,
 ) -> None:
-    with _encoders_away(recipe, workshop):
+    with encoders_away(recipe, workshop):
         run_stage(
             stage,
             mixture,
@@ -120,7 +120,7 @@ def _run(
         )
 
 
-def _encoders_away(recipe: Recipe, workshop: Workshop) -> AbstractContextManager[None]:
+def encoders_away(recipe: Recipe, workshop: Workshop) -> AbstractContextManager[None]:
     """While training, encoders whose work is cached are on the CPU; captions kept as tokens need the text encoders."""
     if not recipe.training.offload_encoders:
         return nullcontext()
