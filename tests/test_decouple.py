@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import PIPELINES
 from torch import Tensor
 
 from conftest import max_error, tiny_unet, unet_inputs
 from test_cli import call, refused, row, write_pictures, write_recipe
 from timestep_experts.formats.checkpoints import Checkpoint, file_sha256
-from timestep_experts.formats.experts import BASE_KEY, find_experts, read_projections, read_record
+from timestep_experts.formats.experts import BASE_KEY, find_experts, read_projections, read_record, write_projections
 from timestep_experts.inference import attach_ensemble, attach_projections
 from timestep_experts.intervals import Partition
 from timestep_experts.jobs.merge import merge
@@ -220,6 +221,39 @@ def test_an_expert_of_another_base_is_refused(run: Path, tmp_path: Path) -> None
     tiny_unet(7).save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="was trained from another base: its metadata names base_sha256"):
         merge(tmp_path / "other", tmp_path / "out", [run / "range-0" / "expert"], MergeSettings((1.0,)))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "was trained with projections, but .* is not there"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is no readable file of projections"),
+        (lambda path: save_file({"a": torch.zeros(1)}, path), "is no readable file of projections: KeyError"),
+        (lambda path: spoil(path), "mid_block.projection should have 16 x 16 numbers; got .* not finite"),
+    ],
+)
+def test_projections_that_cannot_be_trusted_are_refused(
+    damage: Callable[[Path], object], message: str, run: Path, base: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(run / "range-0" / "expert", tmp_path / "expert")
+    damage(tmp_path / "expert" / "projection.safetensors")
+    with pytest.raises(ValueError, match=message):
+        merge(base, tmp_path / "out", [tmp_path / "expert"], MergeSettings((1.0,)))
+    assert not (tmp_path / "out").exists()
+
+
+def spoil(path: Path) -> None:
+    stored = read_projections(path.parent)
+    assert stored is not None
+    stored.deltas["mid_block.projection"][0, 0] = float("nan")
+    write_projections(path, stored)
+
+
+def test_the_record_says_where_projections_went(run: Path, base: Path, tmp_path: Path) -> None:
+    merged = merge(base, tmp_path / "out", [run / "range-0" / "expert"], MergeSettings((1.0,)))
+    said = json.loads(merged.record.read_text())["projections"]
+    assert said["up_blocks.0.projection"] == "up_blocks.0.upsamplers.0.conv"
+    assert said["mid_block.projection"] == "projection.safetensors"
 
 
 # Sampling

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from timestep_experts.formats.atomic import atomic_path, write_tensors
@@ -90,10 +91,16 @@ def write_expert(
     """
     document = {"format": _FORMAT, "format_version": 1, **asdict(record)}
     base = {} if base_sha256 is None else {BASE_KEY: base_sha256}
+    beside = {} if projections is None else {_PLACES_KEY: PROJECTIONS}
     with atomic_path(folder) as draft:
         draft.mkdir(parents=True)
         save_config(draft)
-        metadata = {"format": "pt", **base, EXPERT_KEY: json.dumps(document, ensure_ascii=False, sort_keys=True)}
+        metadata = {
+            "format": "pt",
+            **base,
+            **beside,
+            EXPERT_KEY: json.dumps(document, ensure_ascii=False, sort_keys=True),
+        }
         layout = {n: TensorInfo(tuple(t.shape), t.dtype, draft / WEIGHTS) for n, t in tensors.items()}
         write_streamed(draft / WEIGHTS, layout, tensors.__getitem__, metadata)  # keeps the order of the metadata
         if projections is not None:
@@ -110,17 +117,28 @@ def read_projections(folder: Path) -> StoredProjections | None:
     """The projections of a model's folder; ``None`` where there are none.
 
     Raises:
-        ValueError: the file is not one of projections.
+        ValueError: the file is not one of projections, or gone; or their numbers are not finite.
     """
     path = folder / PROJECTIONS
     if not path.is_file():
+        if (folder / WEIGHTS).is_file() and _PLACES_KEY in Checkpoint(folder / WEIGHTS).metadata:
+            raise ValueError(f"{folder} was trained with projections, but {path} is not there")
         return None
-    with safe_open(path, "pt") as opened:
-        stored = (opened.metadata() or {}).get(_PLACES_KEY)
-    if stored is None:
-        raise ValueError(f"{path} does not say where its projections sit: its metadata lacks {_PLACES_KEY}")
-    places = tuple(Place(**{**place, "folds_into": tuple(place["folds_into"])}) for place in json.loads(stored))
-    return StoredProjections(places, load_file(path))
+    try:
+        with safe_open(path, "pt") as opened:
+            stored = json.loads((opened.metadata() or {})[_PLACES_KEY])
+        places = tuple(Place(**{**place, "folds_into": tuple(place["folds_into"])}) for place in stored)
+        deltas = load_file(path)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no readable file of projections: {type(error).__name__}: {error}") from error
+    for place in places:
+        delta = deltas.get(place.name)
+        if delta is None or delta.shape != (place.channels, place.channels) or not delta.isfinite().all():
+            what = "nothing" if delta is None else f"a tensor {tuple(delta.shape)}, or numbers that are not finite"
+            raise ValueError(
+                f"{path}: {place.name} should have {place.channels} x {place.channels} numbers; got {what}"
+            )
+    return StoredProjections(places, deltas)
 
 
 def read_record(folder: Path) -> ExpertRecord:

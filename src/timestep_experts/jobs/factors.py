@@ -44,6 +44,10 @@ class Factors:
             return None
         return StoredProjections(places, {place.name: self.merged[place.name] for place in places})
 
+    def described(self) -> dict[str, str]:
+        """Where each projection of the result went, by its name, for the record of a merge."""
+        return {p.name: ", ".join(p.folds_into) or PROJECTIONS for p in self.places}
+
     def projection_of(self, tensor: str) -> str | None:
         """The projection behind a layer's weight or bias, if it folds into it."""
         layer, _, kind = tensor.rpartition(".")

@@ -233,6 +233,7 @@ class _Work:
                 "component": self.component,
                 "dtype": None if self.dtype is None else str(self.dtype),
             },
+            "projections": {} if self.factors is None else self.factors.described(),
             "versions": {"timestep_experts": __version__, "torch": str(torch.__version__)},
         }
 
