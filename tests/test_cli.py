@@ -80,7 +80,11 @@ def row(outcome: Outcome, *starts: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "command", [None, "run", "foster", "assemble", "decouple", "evaluate", "sample", "merge", "show", "explain"]
+    "command",
+    [
+        *(None, "run", "foster", "distill", "assemble", "decouple", "evaluate", "sample", "show", "explain"),
+        *("merge", "search", "merge-lora", "extract-lora", "analyse"),
+    ],
 )
 def test_every_command_has_help(command: str | None) -> None:
     outcome = call(*([command] if command else []), "--help")

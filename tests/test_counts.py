@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet3DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
@@ -55,6 +58,11 @@ def test_attention_experts_of_rank_4(stable_diffusion):
     assert len(mixture.layers) == 128
     assert mixture.count_parameters().stored == 797_184
     assert {parameter.device.type for stack in mixture.stacks("n1") for parameter in stack.parameters()} == {"meta"}
+
+
+def test_distillation_targets_are_those_of_the_recipe():
+    recipe = yaml.safe_load((Path(__file__).parents[1] / "recipes/papers/dmd2_sd15.yaml").read_text(encoding="utf-8"))
+    assert sorted(recipe["experts"]["target_modules"]) == sorted(DMD2)
 
 
 def test_distillation_targets_are_182_linear_layers_and_96_convolutions(stable_diffusion):

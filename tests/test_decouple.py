@@ -308,6 +308,13 @@ def test_what_cannot_be_decoupled_is_one_clear_error(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_search_refuses_projections_beside_the_weights(run: Path, base: Path, data: Path, tmp_path: Path) -> None:
+    expert = run / "range-0" / "expert"
+    recipe = write_recipe(tmp_path / "home", base, data)
+    message = "has projections that are not in its weights (down_blocks.0.projection and others)"
+    assert message in refused("search", recipe, "--expert", expert, "--output", tmp_path / "found.json")
+
+
 def test_recipes_of_the_other_kind_are_sent_on(base: Path, data: Path, tmp_path: Path) -> None:
     message = refused("foster", recipe_of(tmp_path / "full", base, data))
     assert message == "recipe.experts: this recipe has none to train; the command for its full copies is decouple"

@@ -36,14 +36,15 @@ BASES: dict[str, Callable[[], Any]] = {
     "wan22": partial(tiny_wan, 0.875),
 }
 DECOUPLED: dict[str, Callable[[], Any]] = {"deme_cifar10": PIPELINES["ddpm"], "deme_sd14": PIPELINES["sd"]}
+DISTILLED = ("dmd2_sd15",)  # planned in test_distill_run.py
 WITHOUT_TEXT = ("flux1_dev", "wan21", "wan22")
 SCALES = {"videocrafter2": (8, 4), "wan22": (6, 2)}
 SAMPLES = {"videocrafter2": 5000 * 32, "wan21": 4000 * 8, "wan22": 4000 * 8}
 
 
 def test_every_recipe_is_tested() -> None:
-    assert {path.stem for path in FOLDER.glob("papers/*.yaml")} == {*BASES, *DECOUPLED}
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == {"quickstart", "emoji", "lpc"}
+    assert {path.stem for path in FOLDER.glob("papers/*.yaml")} == {*BASES, *DISTILLED, *DECOUPLED}
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {"quickstart", "emoji", "lpc", "distill"}
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.yaml")), ids=lambda path: path.stem)

@@ -32,7 +32,6 @@ from timestep_experts.mixture import Mixture, MixtureSpec, Scale, asymmetric
 from timestep_experts.models import Family, load_family
 from timestep_experts.training import (
     AssembleSettings,
-    DecoupleSettings,
     FosterSettings,
     LoopSettings,
     OptimiserSettings,
@@ -171,6 +170,22 @@ def build_workshop(recipe: Recipe) -> Workshop:
     )
 
 
+def build_validation(recipe: Recipe, family: Family, *, as_tokens: bool = False) -> EncodedPictures:
+    """The validation pictures alone, encoded, for jobs that neither train nor draw.
+
+    Args:
+        recipe: says which.
+        family: the loaded base.
+        as_tokens: keep captions as token ids, for text encoders that change.
+
+    Raises:
+        ValueError: the data is not usable.
+    """
+    media = build_media_settings(recipe, family.default_num_frames, flip=False)
+    _, validation = build_picture_sets(recipe, is_video=family.is_video)
+    return encode_dataset(validation, media, family, recipe.output_dir / "cache", as_tokens=as_tokens)
+
+
 def build_prompts(recipe: Recipe, validation: PictureSet) -> tuple[str, ...]:
     """What pictures are drawn for: the recipe's prompts, or different captions of the validation set.
 
@@ -251,7 +266,7 @@ def build_mixture(recipe: Recipe, family: Family) -> Mixture:
     Contexts fostered jointly rest at gate 1: experts that grew up together only fit each other together.
     """
     spec = build_spec(recipe.experts, family.noise.num_train_timesteps)
-    if recipe.foster.method == "joint":
+    if recipe.distill is None and recipe.foster.method == "joint":
         spec = spec.with_resting_gates(1.0)
     networks, targets = build_targets(recipe.experts, family.denoisers, family.text_encoders)
     mixture = Mixture.attach(
@@ -277,8 +292,8 @@ def build_foster_settings(recipe: Recipe, text_encoders: Collection[str]) -> Fos
     return FosterSettings(
         method=foster.method,
         train_batch_size=foster.train_batch_size,
-        learning_rates={s.label: _per_expert(s, s.learning_rate, foster.learning_rate) for s in scales},
-        max_train_steps={s.label: _per_expert(s, s.max_train_steps, foster.max_train_steps) for s in scales},
+        learning_rates={s.label: numbers_per_expert(s, s.learning_rate, foster.learning_rate) for s in scales},
+        max_train_steps={s.label: numbers_per_expert(s, s.max_train_steps, foster.max_train_steps) for s in scales},
         caption_dropout=recipe.data.caption_dropout,
         seed=recipe.seed,
         rate_factors=dict.fromkeys(text_encoders, factor),
@@ -286,7 +301,14 @@ def build_foster_settings(recipe: Recipe, text_encoders: Collection[str]) -> Fos
     )
 
 
-def _per_expert(scale: ScaleConfig, own: Number | tuple[Number, ...] | None, default: Number) -> tuple[Number, ...]:
+def numbers_per_expert(
+    scale: ScaleConfig, own: Number | tuple[Number, ...] | None, default: Number
+) -> tuple[Number, ...]:
+    """A scale's own value or the default, spelled out for each of its experts.
+
+    Raises:
+        ValueError: there are not as many values as experts.
+    """
     value = default if own is None else own
     if not isinstance(value, tuple):
         return (value,) * scale.num_experts
@@ -313,37 +335,6 @@ def build_assemble_settings(recipe: Recipe) -> AssembleSettings:
         train_batch_size=recipe.assemble.train_batch_size,
         caption_dropout=recipe.data.caption_dropout,
         seed=recipe.seed,
-    )
-
-
-def build_decouple_settings(recipe: Recipe, num_train_timesteps: int) -> DecoupleSettings:
-    """Full copies, one per range; numbers per range are spelled out.
-
-    Raises:
-        ValueError: the recipe decouples nothing, its base has lost precision, or its ranges do not fit.
-    """
-    config = recipe.decouple
-    if config is None:
-        raise ValueError("recipe.decouple: this recipe has no such section, so there is nothing to decouple")
-    if recipe.training.base_quantization is not None:
-        raise ValueError("recipe.training.base_quantization: a quantised base cannot be copied and trained; use null")
-    options = config.model_dump(exclude={"intervals", "boundaries", "optimizer", "max_train_steps"})
-    steps = config.max_train_steps
-    if config.boundaries is None:
-        partition = Partition.uniform(config.num_ranges, num_train_timesteps)
-    else:
-        partition = Partition(config.boundaries)
-    if partition.num_train_timesteps != num_train_timesteps:
-        raise ValueError(
-            f"recipe.decouple.boundaries end at {partition.num_train_timesteps:g}; this base model has"
-            f" {num_train_timesteps} timesteps"
-        )
-    return DecoupleSettings(
-        partition=partition,
-        max_train_steps=steps if isinstance(steps, tuple) else (steps,) * config.num_ranges,
-        caption_dropout=recipe.data.caption_dropout,
-        seed=recipe.seed,
-        **options,
     )
 
 
@@ -376,7 +367,7 @@ def build_loss_settings(recipe: Recipe, partition: Partition) -> LossSettings:
 
 
 def build_sample_settings(recipe: Recipe, media: MediaSettings) -> SampleSettings:
-    """How pictures or clips are drawn."""
+    """How pictures or clips are drawn by a base, or by experts that were fostered."""
     evaluation = recipe.evaluation
     return SampleSettings(
         evaluation.scheduler,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -138,6 +138,31 @@ def encode_dataset(
         key=key,
         is_tokenised=as_tokens,
     )
+
+
+def halves_by_caption(pictures: EncodedPictures, seed: int) -> tuple[EncodedPictures, EncodedPictures]:
+    """Two halves that share no caption, to choose something on one and confirm it on the other.
+
+    Args:
+        pictures: at least two.
+        seed: of who goes where. Where all pictures have one caption, it is they that are shared out.
+
+    Raises:
+        ValueError: there is only one picture.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = pictures.caption_rows
+    labels = rows if bool((rows != rows[0]).any()) else torch.arange(len(pictures))
+    kinds: Tensor = torch.unique(labels)
+    chosen = kinds[torch.randperm(len(kinds), generator=generator)][: len(kinds) // 2]
+    is_first = torch.isin(labels, chosen)
+    if not is_first.any():
+        raise ValueError(f"{len(pictures)} validation pictures cannot be halved: at least two are needed")
+    return _rows(pictures, is_first), _rows(pictures, ~is_first)
+
+
+def _rows(pictures: EncodedPictures, wanted: Tensor) -> EncodedPictures:
+    return replace(pictures, latents=pictures.latents[wanted], caption_rows=pictures.caption_rows[wanted], key="")
 
 
 def to_pixels(picture: Image.Image, height: int, width: int) -> Tensor:

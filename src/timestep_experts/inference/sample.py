@@ -30,6 +30,7 @@ class SampleSettings:
         seed: picture i starts from seed + i, whatever the batch size.
         num_frames: of a video pipeline; ``None`` for pictures.
         max_sequence_length: tokens of a T5; ``None`` keeps the pipeline's default.
+        timesteps: t of each step, for a generator that was distilled at these; ``None`` lets the scheduler choose.
     """
 
     scheduler: str | None
@@ -40,6 +41,7 @@ class SampleSettings:
     seed: int
     num_frames: int | None = None
     max_sequence_length: int | None = None
+    timesteps: tuple[int, ...] | None = None
 
     @property
     def call_options(self) -> dict[str, Any]:
@@ -52,6 +54,7 @@ class SampleSettings:
             "guidance_scale": self.guidance_scale,
             "num_frames": self.num_frames,
             "max_sequence_length": self.max_sequence_length,
+            "timesteps": None if self.timesteps is None else list(self.timesteps),
         }
         return {name: value for name, value in options.items() if value is not None}
 
@@ -144,7 +147,9 @@ def make_scheduler(name: str, config: Any) -> Any:
     if kind is None:
         known = sorted(n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax"))
         raise ValueError(f"diffusers has no scheduler {name!r}; it has {', '.join(known)}")
+    # diffusers leaves out what was a default of the other class, as if the new one had the same defaults; LCM has not
+    explicit = {key: value for key, value in config.items() if key != "_use_default_values"}
     try:
-        return kind.from_config(config)
+        return kind.from_config(explicit)
     except Exception as error:  # schedulers raise many kinds, missing libraries among them
         raise ValueError(f"{name} cannot be made for this noise schedule: {error}") from error

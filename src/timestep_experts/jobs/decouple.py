@@ -14,7 +14,6 @@ from torch import Tensor
 from timestep_experts import __version__
 from timestep_experts.build import (
     Workshop,
-    build_decouple_settings,
     build_loop_settings,
     build_loss_settings,
     build_optimiser_settings,
@@ -27,6 +26,7 @@ from timestep_experts.formats.checkpoints import Checkpoint, file_sha256, weight
 from timestep_experts.formats.experts import ExpertRecord, StoredProjections, write_expert
 from timestep_experts.formats.model_folders import find_weights
 from timestep_experts.inference import sample
+from timestep_experts.intervals import Partition
 from timestep_experts.jobs.media import save_media_sheet
 from timestep_experts.jobs.train import encoders_away
 from timestep_experts.merging import fold, folded_layers
@@ -35,6 +35,37 @@ from timestep_experts.training import Decoupled, DecoupleSettings, decouple
 from timestep_experts.training.full_copy import FullCopy
 from timestep_experts.training.log import RunLog
 from timestep_experts.training.loop import Observer, run_stage
+
+
+def build_decouple_settings(recipe: Recipe, num_train_timesteps: int) -> DecoupleSettings:
+    """Full copies, one per range; numbers per range are spelled out.
+
+    Raises:
+        ValueError: the recipe decouples nothing, its base has lost precision, or its ranges do not fit.
+    """
+    config = recipe.decouple
+    if config is None:
+        raise ValueError("recipe.decouple: this recipe has no such section, so there is nothing to decouple")
+    if recipe.training.base_quantization is not None:
+        raise ValueError("recipe.training.base_quantization: a quantised base cannot be copied and trained; use null")
+    options = config.model_dump(exclude={"intervals", "boundaries", "optimizer", "max_train_steps"})
+    steps = config.max_train_steps
+    if config.boundaries is None:
+        partition = Partition.uniform(config.num_ranges, num_train_timesteps)
+    else:
+        partition = Partition(config.boundaries)
+    if partition.num_train_timesteps != num_train_timesteps:
+        raise ValueError(
+            f"recipe.decouple.boundaries end at {partition.num_train_timesteps:g}; this base model has"
+            f" {num_train_timesteps} timesteps"
+        )
+    return DecoupleSettings(
+        partition=partition,
+        max_train_steps=steps if isinstance(steps, tuple) else (steps,) * config.num_ranges,
+        caption_dropout=recipe.data.caption_dropout,
+        seed=recipe.seed,
+        **options,
+    )
 
 
 def decouple_folder(recipe: Recipe) -> Path:

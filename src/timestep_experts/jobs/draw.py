@@ -20,6 +20,7 @@ from timestep_experts.mixture import MODES, Mode
 from timestep_experts.models import Family, load_family
 
 _BATCH_SIZE = 16
+_STEPS, _GUIDANCE = 20, 3.0
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class DrawSettings:
         model: the base.
         mode: ``switch``, ``route`` or ``off``.
         scheduler: the name of a diffusers scheduler.
-        num_inference_steps: denoising steps.
-        guidance_scale: of classifier-free guidance.
+        num_inference_steps: denoising steps; ``None``: a generator's own, or else 20.
+        guidance_scale: of classifier-free guidance; ``None``: a generator's own, or else 3.
         seed: of the first picture.
         height: in pixels.
         width: in pixels.
@@ -42,8 +43,8 @@ class DrawSettings:
     model: str | None = None
     mode: str | None = None
     scheduler: str | None = None
-    num_inference_steps: int = 20
-    guidance_scale: float = 3.0
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
     seed: int = 0
     height: int | None = None
     width: int | None = None
@@ -65,14 +66,14 @@ def draw(bundle: Path, prompts: Sequence[str], output: Path, settings: DrawSetti
     if not family.text_encoders:
         raise ValueError(f"{family.source} is a {type(family.pipeline()).__name__}: it draws nothing for a prompt")
     attach(family.pipeline(), loaded, mode)
-    recipe = loaded.provenance.get("recipe", {})
-    return _draw(family, _trained_media(recipe, family), recipe, prompts, output, settings)
+    trained = _trained_media(loaded.provenance.get("recipe", {}), family)
+    return _draw(family, trained, loaded.provenance, prompts, output, settings)
 
 
 def _draw(
     family: Family,
     trained: ClipSettings | PictureSettings,
-    recipe: Mapping[str, Any],
+    provenance: Mapping[str, Any],
     prompts: Sequence[str],
     output: Path,
     settings: DrawSettings,
@@ -81,15 +82,17 @@ def _draw(
     num_frames = trained.num_frames if isinstance(trained, ClipSettings) else None
     if num_frames is None and (settings.num_frames or settings.fps):
         raise ValueError(f"{family.source} draws pictures: num_frames and fps are for video models")
+    scheduler, num_steps, guidance, timesteps = _sampler(provenance, settings)
     sampling = SampleSettings(
-        settings.scheduler,
-        settings.num_inference_steps,
-        settings.guidance_scale,
+        scheduler,
+        num_steps,
+        guidance,
         (settings.height or trained.height, settings.width or trained.width),
         _BATCH_SIZE if num_frames is None else 1,
         settings.seed,
         settings.num_frames or num_frames,
-        recipe.get("max_sequence_length"),
+        provenance.get("recipe", {}).get("max_sequence_length"),
+        timesteps,
     )
     with counted(pipeline) as cost:
         media = sample(pipeline, prompts, sampling)
@@ -125,8 +128,24 @@ def draw_ensemble(
     family = load_family(resolve_model(settings.model or record.base_model), device)
     ensemble = attach_ensemble(family.pipeline(), folders, partition)
     trained = _trained_media(record.provenance.get("recipe", {}), family)
-    paths, cost = _draw(family, trained, record.provenance.get("recipe", {}), prompts, output, settings)
+    paths, cost = _draw(family, trained, record.provenance, prompts, output, settings)
     return paths, cost, ensemble.num_swaps
+
+
+def _sampler(
+    provenance: Mapping[str, Any], settings: DrawSettings
+) -> tuple[str | None, int, float, tuple[int, ...] | None]:
+    """Scheduler, steps, guidance and timesteps: a generator's own where its bundle says so and nobody else does.
+
+    Its timesteps are left with another scheduler or number of steps, and in mode off, in which there is no generator.
+    """
+    own = provenance.get("sampling") or {} if settings.mode != "off" else {}
+    guidance = own.get("guidance_scale", _GUIDANCE) if settings.guidance_scale is None else settings.guidance_scale
+    timesteps = tuple(own.get("timesteps") or ())
+    if not timesteps or settings.scheduler is not None or settings.num_inference_steps not in (None, len(timesteps)):
+        scheduler = settings.scheduler or own.get("scheduler")
+        return scheduler, settings.num_inference_steps or len(timesteps) or _STEPS, guidance, None
+    return own["scheduler"], len(timesteps), guidance, timesteps
 
 
 def _load_base(source: str, bundle: Bundle) -> Family:

@@ -17,7 +17,12 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from timestep_experts import __version__
-from timestep_experts.build import Workshop, build_loss_settings, build_sample_settings, build_spec
+from timestep_experts.build import (
+    Workshop,
+    build_loss_settings,
+    build_sample_settings,
+    build_spec,
+)
 from timestep_experts.config import Recipe
 from timestep_experts.data import ClipSettings, decode_all
 from timestep_experts.evaluation import (
@@ -33,6 +38,7 @@ from timestep_experts.formats import load_bundle
 from timestep_experts.formats.atomic import atomic_path, write_json
 from timestep_experts.inference import attach, detach, sample
 from timestep_experts.intervals import Partition
+from timestep_experts.jobs.distill_settings import build_generator_sample_settings
 from timestep_experts.jobs.media import (
     SHEET,
     as_pictures,
@@ -143,6 +149,8 @@ def _measure_attached(
     family = workshop.family
     curve = loss_curve(family, workshop.validation, settings)
     drawing = build_sample_settings(recipe, workshop.media)
+    if arm != BASE:
+        drawing = build_generator_sample_settings(recipe.arm(arm), workshop.media)
     pictures = sample(family.pipeline(), workshop.prompts, drawing, progress=f"{arm}, {mode}")
     frechet = None
     if len(pictures) > 1:
@@ -176,13 +184,14 @@ def _training_totals(recipe: Recipe, arm: str, mode: Mode, mixture: Mixture | No
     trained = sum(p.numel() for scale in scales for stack in mixture.stacks(scale.name) for p in stack.parameters())
     if mode == "route":
         trained += sum(p.numel() for group in mixture.router_parameters() for p in group)
-    unused = {f"foster-{scale.name}" for scale in mixture.spec.scales if scale not in scales}
+    left_out = [scale.name for scale in mixture.spec.scales if scale not in scales]
+    unused = {f"foster-{name}" for name in left_out}
     if recipe.arm(arm).foster.method == "coarse_to_fine":
         unused = set()  # the coarse experts live on in the fine ones
     unused |= {"assemble"} if mode == "switch" else set()
     samples, seconds = 0, 0.0
     for folder in _stage_folders(recipe, arm):
-        if folder.name not in unused:
+        if folder.name not in unused and not folder.name.startswith(tuple(f"distill-{name}." for name in left_out)):
             records = [record for record in read_log(folder) if "num_images_seen" in record]
             samples += int(records[-1]["num_images_seen"])
             seconds += sum(record["seconds"] for record in records)
@@ -203,7 +212,9 @@ def _training_logs(recipe: Recipe) -> dict[str, list[dict[str, float]]]:
 def _identity(recipe: Recipe, workshop: Workshop, settings: LossSettings, arm: str) -> dict[str, Any]:
     """Whatever decides a measurement."""
     tensors = arm_folder(recipe, arm) / "bundle" / "mixture.safetensors"
+    distilled = None if arm == BASE else recipe.arm(arm).distill
     return {
+        **({} if distilled is None else {"timesteps": list(distilled.timesteps)}),
         "evaluation": recipe.evaluation.model_dump(mode="json"),
         "intervals": list(settings.partition.boundaries),
         "media": repr(workshop.media),
@@ -236,6 +247,11 @@ def _notes(recipe: Recipe, workshop: Workshop) -> list[str]:
         "Parameters and samples are those of what the mode uses: switching counts neither routers nor contexts that"
         " rest at gate 0.",
     ]
+    if any(recipe.arm(arm).distill for arm in recipe.arm_names):
+        notes.append(
+            "Distilled arms draw in their own few steps without guidance, whatever the base is drawn with. Their"
+            " validation loss is that of a denoiser, which a generator is no longer: judge them by their pictures."
+        )
     if workshop.prompts:
         notes.append(
             "Frechet distance is measured in the features of the embedded world's judge"

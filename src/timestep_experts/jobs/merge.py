@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from tqdm import tqdm
 
 from timestep_experts import __version__
 from timestep_experts.formats.atomic import atomic_path, write_json
-from timestep_experts.formats.checkpoints import Checkpoint, TensorInfo, file_sha256, weights_sha256, write_streamed
-from timestep_experts.formats.experts import BASE_KEY, PROJECTIONS, write_projections
+from timestep_experts.formats.checkpoints import Checkpoint, TensorInfo, write_streamed
+from timestep_experts.formats.experts import BASE_KEY as BASE_KEY
+from timestep_experts.formats.experts import PROJECTIONS, write_projections
 from timestep_experts.formats.model_folders import copy_around, find_weights, write_index
 from timestep_experts.jobs.factors import Factors, read_factors
+from timestep_experts.jobs.inputs import MergeInput, check_descent, finite_tensor, hash_inputs, is_finite, some
 from timestep_experts.merging import METHODS, MergeSettings, merge_tensor
 
 MERGE_KEY = "timestep_experts_merge"
@@ -26,22 +28,6 @@ MERGE_KEY = "timestep_experts_merge"
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _RECORD = "merge.json"
-_NUM_SHOWN = 3
-
-
-@dataclass(frozen=True)
-class _Input:
-    """A model to read, and who it is."""
-
-    weights: Checkpoint
-    files: Mapping[str, str]  # SHA-256 by name
-
-    @property
-    def sha256(self) -> str:
-        return weights_sha256(self.files)
-
-    def described(self) -> dict[str, Any]:
-        return {"path": str(self.weights.path), "sha256": self.sha256, "files": dict(self.files)}
 
 
 @dataclass(frozen=True)
@@ -73,6 +59,7 @@ def merge(
     settings: MergeSettings,
     component: str | None = None,
     dtype: str | None = None,
+    expert_hashes: Sequence[str] | None = None,
 ) -> Merged:
     """Merge experts into a copy of their base that has its layout; whole or not at all.
 
@@ -83,6 +70,7 @@ def merge(
         settings: method and weights.
         component: of pipelines' folders, which part is merged; ``None``: the denoiser.
         dtype: ``fp32``, ``fp16`` or ``bf16`` of the merged floating-point tensors; ``None``: each as in the base.
+        expert_hashes: SHA-256 of the experts that the weights are for, in their order; ``None``: not checked.
 
     Raises:
         ValueError: an input cannot be read, they do not fit each other, a tensor is not finite, or the output exists.
@@ -95,12 +83,14 @@ def merge(
     if len(settings.weights) != len(experts):
         raise ValueError(f"there are {len(settings.weights)} weights for {len(experts)} experts")
     for expert in checkpoints[1:]:
-        _check_fit(checkpoints[0], expert)
+        check_fit(checkpoints[0], expert)
     factors = read_factors(places[0], places[1:], has_folder=base.is_dir())
     names = factors.names if factors is not None else ()
     weights = settings.weights_by_tensor([*checkpoints[0].tensors, *names])
-    inputs = _hashed(checkpoints)
-    _check_descent(inputs[0], inputs[1:])
+    inputs = hash_inputs(checkpoints)
+    check_descent(inputs[0].sha256, str(inputs[0].weights.path), inputs[1:])
+    if expert_hashes is not None:
+        _check_hashes(inputs[1:], expert_hashes)
     part = None if places[0] == base else places[0].name
     if factors is not None:
         factors = factors.merge_projections(weights, settings, [expert.sha256 for expert in inputs[1:]])
@@ -159,8 +149,8 @@ def read_block_weights(path: Path) -> dict[str, tuple[float, ...]]:
 class _Work:
     """Everything that a merged tensor depends on."""
 
-    base: _Input
-    experts: Sequence[_Input]
+    base: MergeInput
+    experts: Sequence[MergeInput]
     settings: MergeSettings
     weights: Mapping[str, tuple[float, ...]]
     dtype: torch.dtype | None
@@ -174,7 +164,7 @@ class _Work:
 
     def merged(self, name: str) -> Tensor:
         """One tensor of the result."""
-        base = _finite(self.base, name)
+        base = finite_tensor(self.base, name)
         if not base.is_floating_point():
             return base
         # In the order of their hashes, so that the sum's rounding does not depend on the order they were given in.
@@ -189,12 +179,12 @@ class _Work:
             merged = self.factors.folded(name, merged).to(dtype)
         else:
             merged = merge_tensor(name, wide, tensors, weights, self.settings, keys).to(dtype)
-        if not _is_finite(merged):
+        if not is_finite(merged):
             raise ValueError(f"the merged {name} leaves the range of {dtype}; take smaller weights or another dtype")
         return merged
 
     def _of_expert(self, index: int, name: str) -> Tensor:
-        tensor = _finite(self.experts[index], name)
+        tensor = finite_tensor(self.experts[index], name)
         return tensor if self.factors is None else self.factors.unfolded(index, name, tensor)
 
     def write(self, folder: Path, names: Mapping[Path, str]) -> None:
@@ -278,16 +268,30 @@ def _record_path(base: Path, output: Path) -> Path:
     return path
 
 
+def _check_hashes(experts: Sequence[MergeInput], expected: Sequence[str]) -> None:
+    for number, (expert, sha256) in enumerate(zip(experts, expected, strict=True)):
+        if expert.sha256 != sha256:
+            known = expected.index(expert.sha256) if expert.sha256 in expected else None
+            where = "none of those" if known is None else f"number {known} there"
+            given = f"{expert.weights.path}, given as number {number}"
+            raise ValueError(f"the weights were searched for other experts, or in another order: {given}, is {where}")
+
+
 def _dtype_of(name: str | None) -> torch.dtype | None:
     if name is not None and name not in _DTYPES:
         raise ValueError(f"unknown dtype {name!r}: allowed are {', '.join(_DTYPES)}")
     return None if name is None else _DTYPES[name]
 
 
-def _check_fit(base: Checkpoint, expert: Checkpoint) -> None:
+def check_fit(base: Checkpoint, expert: Checkpoint) -> None:
+    """Refuse an expert whose tensors have other names, shapes or kinds of numbers than the base's.
+
+    Raises:
+        ValueError: naming the first that differ.
+    """
     lacking, strange = base.tensors.keys() - expert.tensors.keys(), expert.tensors.keys() - base.tensors.keys()
     if lacking or strange:
-        said = [f"lacks {_some(lacking)}"] * bool(lacking) + [f"has {_some(strange)}"] * bool(strange)
+        said = [f"lacks {some(lacking)}"] * bool(lacking) + [f"has {some(strange)}"] * bool(strange)
         raise ValueError(f"{expert.path} has other tensors than the base {base.path}: it {' and '.join(said)}")
     for name, info in base.tensors.items():
         other = expert.tensors[name]
@@ -295,40 +299,3 @@ def _check_fit(base: Checkpoint, expert: Checkpoint) -> None:
             raise ValueError(f"{other.file}: {name} has shape {other.shape}; the base's is {info.shape}")
         if other.dtype.is_floating_point != info.dtype.is_floating_point:
             raise ValueError(f"{other.file}: {name} is {other.dtype}; the base's is {info.dtype}")
-
-
-def _some(names: Iterable[str]) -> str:
-    shown = sorted(names)
-    rest = len(shown) - _NUM_SHOWN
-    return ", ".join(shown[:_NUM_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def _hashed(checkpoints: Sequence[Checkpoint]) -> list[_Input]:
-    files = [file for checkpoint in checkpoints for file in checkpoint.files]
-    total = sum(file.stat().st_size for file in files)
-    with tqdm(total=total, desc="hashing", unit="B", unit_scale=True, leave=False) as bar:
-        return [_Input(c, {file.name: file_sha256(file, bar.update) for file in c.files}) for c in checkpoints]
-
-
-def _check_descent(base: _Input, experts: Sequence[_Input]) -> None:
-    for expert in experts:
-        claimed = expert.weights.metadata.get(BASE_KEY)
-        if claimed is not None and claimed != base.sha256:
-            raise ValueError(
-                f"{expert.weights.path} was trained from another base: its metadata names {BASE_KEY} {claimed},"
-                f" but {base.weights.path} has {base.sha256}"
-            )
-
-
-def _finite(source: _Input, name: str) -> Tensor:
-    tensor = source.weights.get(name)
-    if tensor.is_floating_point() and not _is_finite(tensor):
-        count = int((~tensor.isfinite()).sum())
-        file = source.weights.tensors[name].file
-        raise ValueError(f"{file}: {name} is not finite: {count} of {tensor.numel()} numbers are NaN or infinite")
-    return tensor
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # One pass; NaN is passed on to both ends.
-    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())

@@ -11,7 +11,6 @@ import torch
 from timestep_experts.build import (
     build_assemble_settings,
     build_base_dtype,
-    build_decouple_settings,
     build_foster_settings,
     build_media_settings,
     build_optimiser_settings,
@@ -21,11 +20,14 @@ from timestep_experts.build import (
 )
 from timestep_experts.config import Recipe
 from timestep_experts.data import ClipSettings
+from timestep_experts.jobs.decouple import build_decouple_settings
+from timestep_experts.jobs.distill import settings_of
 from timestep_experts.jobs.train import has_second_stage
 from timestep_experts.mixture import Mixture
 from timestep_experts.models import Family, Outline, read_outline
 from timestep_experts.models.quantization import quantised_bytes
 from timestep_experts.training import DecoupleSettings, assemble, decouple, foster
+from timestep_experts.training.distill import DistillStage, distill, distill_router
 from timestep_experts.training.memory import fake_networks, fake_pictures, step_peak
 from timestep_experts.training.optimiser import state_bytes
 from timestep_experts.training.stage import Stage
@@ -63,7 +65,7 @@ class StagePlan:
         steps: optimiser steps.
         samples_per_expert: the fewest and the most that one of them sees.
         samples: seen in all.
-        memory: an estimate; ``None`` where none was asked for.
+        memory: an estimate; ``None`` where none was asked for, and for distillation.
     """
 
     arm: str
@@ -101,6 +103,9 @@ def _plan_arm(recipe: Recipe, arm: str, with_memory: bool) -> list[StagePlan]:
     networks, targets = build_targets(own.experts, outline.denoisers, outline.text_encoders)
     spec = build_spec(own.experts, outline.num_train_timesteps)
     mixture = Mixture.attach(networks, spec, targets, owned=outline.owned_intervals)
+
+    if own.distill is not None:
+        return _plan_distillation(own, arm, mixture, outline.make_family(), assembled=has_second_stage(recipe, arm))
 
     def make_stages() -> list[Stage]:
         stages = foster(mixture, build_foster_settings(own, outline.text_encoders))
@@ -171,6 +176,31 @@ def _estimate_copy(recipe: Recipe, outline: Outline, family: Family, settings: D
     copies = sum(4 * p.numel() for p in made.trainee.denoiser.parameters()) + trained * (settings.ema_decay is not None)
     shapes = [leaf.shape for learner in made.stage.learners for leaf in learner.leaves]
     return Memory(base, copies + trained + state_bytes(optimiser.name, optimiser.options, shapes), peak - trained)
+
+
+def _plan_distillation(
+    recipe: Recipe, arm: str, mixture: Mixture, family: Family, *, assembled: bool
+) -> list[StagePlan]:
+    """What is trained is an expert or the routers, and the fake score with its head: a copy of the whole denoiser."""
+    settings = settings_of(recipe, family)
+    stages = distill(mixture, family, settings)
+    if assembled:
+        stages.append(distill_router(mixture, family, settings, build_assemble_settings(recipe)))
+    return [_count_distilled(arm, item) for item in stages]
+
+
+def _count_distilled(arm: str, item: DistillStage) -> StagePlan:
+    samples = item.stage.num_steps * item.stage.plan.batch_size
+    leaves = [leaf for learner in item.stage.learners for leaf in learner.leaves]
+    return StagePlan(
+        arm=arm,
+        stage=item.stage.name,
+        num_experts=len(item.stage.learners) - 1,
+        trainable=sum(leaf.numel() for leaf in leaves),
+        steps=item.stage.num_steps,
+        samples_per_expert=(samples, samples),
+        samples=samples,
+    )
 
 
 def _count(arm: str, stage: Stage) -> StagePlan:

@@ -48,13 +48,19 @@ def arm_folder(recipe: Recipe, arm: str) -> Path:
 
 
 def foster_arm(recipe: Recipe, arm: str, workshop: Workshop) -> None:
-    """Foster the experts of one arm and write its bundle, for switching."""
+    """Foster the experts of one arm and write its bundle, for switching.
+
+    Raises:
+        ValueError: the arm is to be distilled.
+    """
     own = recipe.arm(arm)
+    if own.distill is not None:
+        raise ValueError(f"arm {arm!r} is distilled, not fostered: use the command distill, or run")
     mixture = build_mixture(own, workshop.family)
     try:
         _foster(own, arm_folder(recipe, arm), mixture, workshop)
-        if not _is_assembled(recipe, arm):
-            _save(own, arm_folder(recipe, arm), mixture, workshop, "switch")
+        if not is_assembled(recipe, arm):
+            save_arm(own, arm_folder(recipe, arm), mixture, workshop, "switch")
     finally:
         mixture.detach()
 
@@ -77,7 +83,7 @@ def assemble_arm(recipe: Recipe, arm: str, workshop: Workshop) -> None:
         stage = assemble(mixture, settings)
         assert own.assemble is not None  # its settings were built
         _run(own, stage, mixture, workshop, own.assemble.optimizer, folder, "route")
-        _save(own, folder, mixture, workshop, "route")
+        save_arm(own, folder, mixture, workshop, "route")
     finally:
         mixture.detach()
 
@@ -88,7 +94,8 @@ def has_second_stage(recipe: Recipe, arm: str) -> bool:
     return own.assemble is not None and len(own.experts.scales) > 1
 
 
-def _is_assembled(recipe: Recipe, arm: str) -> bool:
+def is_assembled(recipe: Recipe, arm: str) -> bool:
+    """Whether an arm's routers are trained."""
     return (arm_folder(recipe, arm) / "assemble" / "result.safetensors").is_file()
 
 
@@ -115,7 +122,7 @@ def _run(
             build_optimiser_settings(optimiser),
             build_loop_settings(recipe),
             folder / stage.name,
-            _identity(recipe, workshop, stage),
+            stage_identity(recipe, workshop, stage),
             _observer(recipe, mixture, workshop, folder / stage.name, mode),
         )
 
@@ -127,9 +134,10 @@ def encoders_away(recipe: Recipe, workshop: Workshop) -> AbstractContextManager[
     return workshop.family.encoders_on(torch.device("cpu"), with_text=not workshop.train.is_tokenised)
 
 
-def _identity(recipe: Recipe, workshop: Workshop, stage: Stage) -> dict[str, Any]:
+def stage_identity(recipe: Recipe, workshop: Workshop, stage: Stage) -> dict[str, Any]:
     """Whatever decides the bytes of a stage's result."""
-    parts = {"seed", "experts", "foster"} | ({"assemble"} if stage.name == "assemble" else set())
+    first = "foster" if recipe.distill is None else "distill"
+    parts = {"seed", "experts", first} | ({"assemble"} if stage.name == "assemble" else set())
     document = recipe.model_dump(mode="json", include=parts)
     training = recipe.training.model_dump(
         include={"mixed_precision", "base_dtype", "base_quantization", "gradient_accumulation_steps"}
@@ -161,8 +169,16 @@ def _observer(recipe: Recipe, mixture: Mixture, workshop: Workshop, folder: Path
     return observe
 
 
-def _save(recipe: Recipe, folder: Path, mixture: Mixture, workshop: Workshop, mode: Mode) -> None:
-    provenance = {
+def save_arm(
+    recipe: Recipe,
+    folder: Path,
+    mixture: Mixture,
+    workshop: Workshop,
+    mode: Mode,
+    sampling: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an arm's bundle; ``sampling`` says how a generator draws (`DrawSettings`)."""
+    provenance: dict[str, Any] = {
         "recipe": recipe.model_dump(mode="json", exclude={"arms", "output_dir"}),
         "versions": {
             "timestep_experts": __version__,
@@ -173,6 +189,8 @@ def _save(recipe: Recipe, folder: Path, mixture: Mixture, workshop: Workshop, mo
             path.name: _last_losses(path) for path in sorted(folder.iterdir()) if (path / "log.jsonl").is_file()
         },
     }
+    if sampling is not None:
+        provenance["sampling"] = dict(sampling)
     bundle = Bundle(
         spec=mixture.spec,
         target_modules=tuple(mixture.layers),

@@ -4,7 +4,7 @@ from timestep_experts.models.ddpm import DDPM
 from timestep_experts.models.family import SECOND_DENOISERS, Conditioning, Family, timestep_scale_of
 from timestep_experts.models.flux import Flux
 from timestep_experts.models.noise import DiscreteNoise, FlowNoise, NoiseProcess
-from timestep_experts.models.outline import Outline, read_outline
+from timestep_experts.models.outline import Outline, read_network, read_outline
 from timestep_experts.models.pixart import PixArt, PixArtSigma
 from timestep_experts.models.quantization import Quantization
 from timestep_experts.models.registry import FAMILIES, load_family, sampling_options_of
@@ -35,6 +35,7 @@ __all__ = [
     "Wan",
     "load_family",
     "owned_intervals",
+    "read_network",
     "read_outline",
     "sampling_options_of",
     "timestep_scale_of",

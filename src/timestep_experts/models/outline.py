@@ -104,6 +104,23 @@ def read_outline(source: str) -> Outline:
     )
 
 
+def read_network(folder: str) -> nn.Module:
+    """One network of diffusers on the meta device, by the ``config.json`` of its own folder.
+
+    Raises:
+        ValueError: there is none, or it is of an unknown class.
+    """
+    try:
+        config = diffusers.UNet2DConditionModel.load_config(folder)  # any class's reads any config
+        with torch.device("meta"):
+            module: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
+        return module
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"cannot read a network from {folder!r}: its config.json must name its class: {error}"
+        ) from error
+
+
 def _empty(source: str, name: str, library: str, kind: str) -> nn.Module:
     with torch.device("meta"):
         if library == "diffusers" or kind == FpsUNet3DConditionModel.__name__:

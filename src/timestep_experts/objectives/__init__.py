@@ -1,6 +1,14 @@
 """What is minimised. Needs torch only."""
 
 from timestep_experts.objectives.denoising import squared_error
+from timestep_experts.objectives.distribution_matching import (
+    clean_from_noise,
+    discriminator_loss,
+    generator_adversarial_loss,
+    guided,
+    matching_gradient,
+    matching_loss,
+)
 from timestep_experts.objectives.weighting import (
     SNR_WEIGHTINGS,
     SnrWeighting,
@@ -12,7 +20,13 @@ from timestep_experts.objectives.weighting import (
 __all__ = [
     "SNR_WEIGHTINGS",
     "SnrWeighting",
+    "clean_from_noise",
+    "discriminator_loss",
+    "generator_adversarial_loss",
+    "guided",
     "loss_weight",
+    "matching_gradient",
+    "matching_loss",
     "noise_loss_weight",
     "squared_error",
     "uncertainty_weighted",

@@ -7,6 +7,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from typing import Any
 
@@ -148,6 +149,12 @@ def gate_heat_map(gate_map: GateMap) -> str:
         bar.outline.set_visible(False)
         bar.set_label("mean gate", loc="left")
         return _to_svg(figure, f"gates-{gate_map.scale}")
+
+
+def figure_style() -> AbstractContextManager[None]:
+    """The style of all figures, for those that are drawn elsewhere."""
+    style: AbstractContextManager[None] = matplotlib.rc_context(_SETTINGS)
+    return style
 
 
 def _draw_line(axes: Any, x: Sequence[float] | NDArray[np.floating], y: NDArray[np.floating], style: Style) -> None:

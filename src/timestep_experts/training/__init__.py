@@ -2,19 +2,26 @@
 
 from timestep_experts.training.assemble import AssembleSettings, assemble
 from timestep_experts.training.decouple import Decoupled, DecoupleSettings, decouple
+from timestep_experts.training.distill import DistillSettings, PhaseSettings, distill, distill_router
 from timestep_experts.training.foster import FosterMethod, FosterSettings, foster
 from timestep_experts.training.loop import LoopSettings
+from timestep_experts.training.matching import Adversary
 from timestep_experts.training.optimiser import OptimiserSettings
 
 __all__ = [
+    "Adversary",
     "AssembleSettings",
     "DecoupleSettings",
     "Decoupled",
+    "DistillSettings",
     "FosterMethod",
     "FosterSettings",
     "LoopSettings",
     "OptimiserSettings",
+    "PhaseSettings",
     "assemble",
     "decouple",
+    "distill",
+    "distill_router",
     "foster",
 ]

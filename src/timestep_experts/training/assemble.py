@@ -38,6 +38,22 @@ def assemble(mixture: Mixture, settings: AssembleSettings) -> Stage:
     Raises:
         ValueError: no scale is gated, so there is nothing to learn.
     """
+    learners = router_learners(mixture, settings)
+    whole = Partition.uniform(1, mixture.spec.strata.num_train_timesteps)
+
+    def speak() -> None:
+        mixture.mode = "route"
+
+    plan = BatchPlan(settings.seed, "assemble", whole, settings.train_batch_size, settings.caption_dropout)
+    return Stage("assemble", learners, plan, Denoising(settings.train_batch_size), speak)
+
+
+def router_learners(mixture: Mixture, settings: AssembleSettings) -> list[Learner]:
+    """The routers' maps F and tables E, each at its own rate.
+
+    Raises:
+        ValueError: no scale is gated, so there is nothing to learn.
+    """
     maps, tables = mixture.router_parameters()
     kinds = [("router.F", maps, settings.learning_rate), ("router.E", tables, settings.table_learning_rate)]
     learners = [
@@ -47,10 +63,4 @@ def assemble(mixture: Mixture, settings: AssembleSettings) -> Stage:
     ]
     if not learners:
         raise ValueError("nothing to assemble: no scale of this mixture is a gated context")
-    whole = Partition.uniform(1, mixture.spec.strata.num_train_timesteps)
-
-    def speak() -> None:
-        mixture.mode = "route"
-
-    plan = BatchPlan(settings.seed, "assemble", whole, settings.train_batch_size, settings.caption_dropout)
-    return Stage("assemble", learners, plan, Denoising(settings.train_batch_size), speak)
+    return learners

@@ -61,6 +61,8 @@ class Learner:
             if parameter.grad is not None:
                 leaf.grad = parameter.grad if index is None else parameter.grad[index]
         gradients = [leaf.grad for leaf in self.leaves if leaf.grad is not None]
+        if not gradients:  # it is not this learner's turn
+            return self.leaves[0].new_zeros(())
         if self.gradient_share != 1:
             torch._foreach_mul_(gradients, self.gradient_share)
         limit = float("inf") if max_norm is None else max_norm

@@ -176,6 +176,7 @@ class _Stepper:
         active = [float(group["lr"]) for group in self.optimiser.param_groups]
         values |= {"learning_rate": max(active), "seconds": time.perf_counter() - self.started}
         values["num_images_seen"] = step * self.stage.plan.batch_size
+        values |= self.stage.report()
         self._forget_log()
         return values
 

@@ -116,6 +116,7 @@ class Stage:
         speak: called before each step; puts a mixture into the mode of this stage.
         prepare: changes the trainee before the first step, and not when resuming.
         follow: called after each optimiser step, with the number of steps done.
+        report: further values for the log, since it was last asked.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Stage:
     speak: Callable[[], None] = lambda: None
     prepare: Callable[[], None] = lambda: None
     follow: Callable[[int], None] = lambda _: None
+    report: Callable[[], Mapping[str, float]] = dict
 
     @property
     def num_steps(self) -> int:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +14,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from timestep_experts.cli import merging
+from timestep_experts.cli.parsing import (
+    Overrides,
+    RecipePath,
+    escaped,
+    make_console,
+    numbers,
+    quiet_libraries,
+)
+from timestep_experts.cli.parsing import load_recipe as _load
 from timestep_experts.intervals import Interval, Partition
 
 USER_ERROR = 2
@@ -31,12 +39,8 @@ app = typer.Typer(
     " **route** them.\n\nStart with `timestep-experts run recipes/quickstart.yaml`. Any key of a recipe can be"
     " overridden on the command line: `foster.max_train_steps=100 experts.scales.0.rank=8`.",
 )
-console = Console(width=None if sys.stdout.isatty() else 140)
+console = make_console()
 
-RecipePath = Annotated[Path, typer.Argument(help="A recipe YAML; see the folder recipes/.", metavar="RECIPE")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Overrides, e.g. foster.max_train_steps=100", metavar="[KEY=VALUE]...")
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
 Arm = Annotated[str | None, typer.Option(help="Only this arm of the recipe; default: all of them.")]
 
@@ -54,7 +58,7 @@ def _user_errors() -> Iterator[None]:
     except ValueError as error:
         if not _is_raised_by_us(error):
             raise
-        Console(stderr=True).print(f"[bold red]error:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error:[/] {escaped(error)}", highlight=False, soft_wrap=True)
         sys.exit(USER_ERROR)
 
 
@@ -66,15 +70,11 @@ def _is_raised_by_us(error: BaseException) -> bool:
     return trace is not None and trace.tb_frame.f_globals["__name__"].startswith("timestep_experts")
 
 
-def _escaped(value: object) -> str:
-    return str(value).replace("[", r"\[")
-
-
 @app.command()
 def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Do everything: foster and assemble all arms, measure them, print the table and write the report."""
+    """Do everything: foster (or distill) and assemble all arms, measure them, print the table and write the report."""
     loaded = _load(recipe, overrides)
-    _quiet_libraries()
+    quiet_libraries()
     if dry_run:
         _print_plan(loaded)
         return
@@ -91,21 +91,44 @@ def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False
 @app.command()
 def foster(recipe: RecipePath, overrides: Overrides = None, arm: Arm = None, dry_run: DryRun = False) -> None:
     """Stage 1: train the experts of every interval; writes a bundle to switch with."""
-    _quiet_libraries()
+    quiet_libraries()
     from timestep_experts import jobs
 
     _stage(recipe, overrides, arm, dry_run, jobs.foster_arm)
 
 
 @app.command()
+def distill(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    arm: Arm = None,
+    expert: Annotated[
+        list[str] | None, typer.Option(help="Only this one, e.g. n4.3; may be given several times.")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """In place of stage 1: train a few-step generator, one expert after the other; writes a bundle to switch with."""
+    quiet_libraries()
+    from timestep_experts import jobs
+
+    def distill_if_asked(loaded: Any, name: str, workshop: Any) -> None:
+        if arm is None and not jobs.is_distilled(loaded, name):
+            return
+        if not jobs.distill_arm(loaded, name, workshop, expert or ()):
+            console.print(f"{name}: some experts are still to be distilled")
+
+    _stage(recipe, overrides, arm, dry_run, distill_if_asked)
+
+
+@app.command()
 def assemble(recipe: RecipePath, overrides: Overrides = None, arm: Arm = None, dry_run: DryRun = False) -> None:
     """Stage 2: train the routers of fostered experts; writes a bundle to route with."""
-    _quiet_libraries()
+    quiet_libraries()
     from timestep_experts import jobs
 
     def assemble_if_any(loaded: Any, name: str, workshop: Any) -> None:
         if arm is not None or jobs.has_second_stage(loaded, name):
-            jobs.assemble_arm(loaded, name, workshop)
+            _assemble_arm(loaded, name, workshop)
 
     _stage(recipe, overrides, arm, dry_run, assemble_if_any)
 
@@ -122,7 +145,7 @@ def decouple(
 ) -> None:
     """Train a full copy of the denoiser for every range of timesteps; writes folders for **merge** and **sample**."""
     loaded = _load(recipe, overrides)
-    _quiet_libraries()
+    quiet_libraries()
     from timestep_experts import jobs
 
     plans = jobs.make_decouple_plan(loaded, range_, with_memory=dry_run)  # what does not fit fails here
@@ -133,7 +156,7 @@ def decouple(
     jobs.prepare_output(loaded)
     for index in range(len(plans)) if range_ is None else range_:
         folder, kept = jobs.decouple_range(loaded, index, workshop)
-        console.print(f"range {index}: {_escaped(folder)}", soft_wrap=True)
+        console.print(f"range {index}: {escaped(folder)}", soft_wrap=True)
         if kept:
             console.print(f"  projections beside the weights, not in them: {', '.join(kept)}", soft_wrap=True)
 
@@ -153,10 +176,12 @@ def sample(
     output: Annotated[Path, typer.Option(help="Where to put pictures and a contact sheet.")] = Path("samples"),
     model: Annotated[str | None, typer.Option(help="The base; default: the one the bundle was made on.")] = None,
     mode: Annotated[str | None, typer.Option(help="switch, route or off; default: the bundle's own.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Inference steps.")] = 20,
-    guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance scale.")] = 3.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Default: 20, or a generator's own.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, help="Classifier-free guidance; default: 3, or none for a generator.")
+    ] = None,
     scheduler: Annotated[
-        str | None, typer.Option(help="Any scheduler of diffusers; without it, the base's own.")
+        str | None, typer.Option(help="Any scheduler of diffusers; default: the base's own, or a generator's.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Picture i starts from seed + i.")] = 0,
     height: Annotated[int | None, typer.Option(min=1, help="In pixels; default: as trained.")] = None,
@@ -165,7 +190,7 @@ def sample(
     fps: Annotated[float | None, typer.Option(min=0.1, help="Of clips' files; default: as trained, or 8.")] = None,
 ) -> None:
     """Draw pictures, or clips with a video model, with a trained bundle or an ensemble of decoupled experts."""
-    _quiet_libraries()
+    quiet_libraries()
     from timestep_experts.jobs.draw import DrawSettings, draw, draw_ensemble
 
     settings = DrawSettings(model, mode, scheduler, steps, guidance, seed, height, width, num_frames, fps)
@@ -189,47 +214,18 @@ def convert(
     fps: Annotated[float, typer.Option(min=1, help="Frames per second that the model is told.")] = 28.0,
 ) -> None:
     """Turn VideoCrafter2's public checkpoint into a diffusers folder, as recipes/papers/videocrafter2.yaml wants it."""
-    _quiet_libraries()
+    quiet_libraries()
     from timestep_experts.jobs.convert import convert as convert_job
 
     convert_job(checkpoint, output, tokenizer, fps)
-    console.print(f"made {_escaped(output)}", soft_wrap=True)
+    console.print(f"made {escaped(output)}", soft_wrap=True)
 
 
-@app.command()
-def merge(
-    base: Annotated[Path, typer.Argument(help="A .safetensors file, a folder with weights, or a pipeline's folder.")],
-    output: Annotated[Path, typer.Argument(help="The file or folder to make, laid out as the base.")],
-    expert: Annotated[list[Path], typer.Option(help="A fine-tuned copy of the base; give one per expert.")],
-    weights: Annotated[str, typer.Option(help="One number per expert, e.g. 0.25,0.25; may leave [0, 1].")],
-    method: Annotated[str, typer.Option(help="linear, ties or dare.")] = "linear",
-    density: Annotated[float, typer.Option(help="Share of each task vector that ties and dare keep.")] = 1.0,
-    block_weights: Annotated[
-        Path | None, typer.Option(help="YAML: regular expression of tensor names: [weight of each expert].")
-    ] = None,
-    component: Annotated[
-        str | None, typer.Option(help="Of pipelines, the part to merge; default: the denoiser.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of dare.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; default: the base's.")] = None,
-) -> None:
-    """Merge fine-tuned copies of a base model into one ordinary model."""
-    _quiet_libraries()
-    from timestep_experts.jobs.merge import make_settings
-    from timestep_experts.jobs.merge import merge as merge_job
-
-    settings = make_settings(_numbers(weights, "--weights"), method, density, block_weights, seed)
-    merged = merge_job(base, output, expert, settings, component, dtype)
-    kept = f", {merged.num_kept} of them integers as in the base" if merged.num_kept else ""
-    console.print(
-        f"merged {len(expert)} experts into {_escaped(output)}: {merged.num_tensors} tensors{kept};"
-        f" how is in {_escaped(merged.record)}",
-        soft_wrap=True,
-    )
-    if merged.kept_projections:
-        console.print(f"  projections beside the weights, not in them: {', '.join(merged.kept_projections)}")
-    for name in merged.left_out:
-        console.print(f"  not copied, for it holds weights that were not merged: {_escaped(name)}", soft_wrap=True)
+app.command()(merging.merge)
+app.command()(merging.search)
+app.command("merge-lora")(merging.merge_lora)
+app.command("extract-lora")(merging.extract_lora)
+app.command()(merging.analyse)
 
 
 @app.command()
@@ -238,17 +234,15 @@ def show(bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")]) -> 
     from timestep_experts.formats import load_bundle
 
     loaded = load_bundle(bundle)
-    table = Table("scale", "role", "resting gate", "rank", "alpha", "experts", "intervals", title=_escaped(bundle))
+    table = Table("scale", "role", "resting gate", "rank", "alpha", "experts", "intervals", title=escaped(bundle))
     for scale in loaded.spec.scales:
         role = "context (gated)" if scale.gated else "core"
         count = str(len(scale.partition))
         row = [scale.name, role, f"{scale.constant_gate:g}", str(scale.rank), f"{scale.alpha:g}", count]
-        table.add_row(*row, _escaped(scale.partition))
+        table.add_row(*row, escaped(scale.partition))
     console.print(table)
     stored = sum(value.numel() for value in loaded.tensors.values())
-    console.print(
-        f"for a {loaded.denoiser_class} ({_escaped(loaded.base_model)}), {len(loaded.target_modules)} modules"
-    )
+    console.print(f"for a {loaded.denoiser_class} ({escaped(loaded.base_model)}), {len(loaded.target_modules)} modules")
     console.print(f"{stored:,} parameters stored; meant to be used in mode [bold]{loaded.mode}[/]")
     console.print_json(json.dumps(dict(loaded.provenance)))
 
@@ -263,52 +257,22 @@ def explain(
     shift: Annotated[float, typer.Option(min=1e-3, help="Of flow schedulers.")] = 1.0,
 ) -> None:
     """Say what intervals mean: t, sigma, log-SNR, the steps inside, and other trainers' words for them."""
-    _quiet_libraries()
+    quiet_libraries()
     from timestep_experts.jobs.explain import explain_interval, explain_partition
 
     given = [value is not None for value in (intervals, boundaries, interval)]
     if sum(given) != 1:
         raise ValueError("give exactly one of --intervals, --boundaries and --interval")
     if interval is not None:
-        lo, hi = _numbers(interval, "--interval", 2)
+        lo, hi = numbers(interval, "--interval", 2)
         console.print(explain_interval(Interval(lo, hi), scheduler, steps, shift))
         return
-    partition = Partition.uniform(intervals) if intervals else Partition(_numbers(boundaries or "", "--boundaries"))
+    partition = Partition.uniform(intervals) if intervals else Partition(numbers(boundaries or "", "--boundaries"))
     console.print(explain_partition(partition, scheduler, steps, shift))
 
 
-def _numbers(text: str, option: str, count: int | None = None) -> tuple[float, ...]:
-    try:
-        numbers = tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise ValueError(f"{option} takes numbers separated by commas; got {text!r}") from error
-    if count is not None and len(numbers) != count:
-        raise ValueError(f"{option} takes {count} numbers; got {text!r}")
-    return numbers
-
-
-def _quiet_libraries() -> None:
-    """Leave the terminal to our own messages and bars."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # diffusers imports them where they are installed
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
-def _load(path: Path, overrides: list[str] | None) -> Any:
-    from timestep_experts.config import load_recipe
-
-    return load_recipe(path, overrides or [])
-
-
 def _workshop(recipe: Any) -> Any:
-    _quiet_libraries()
+    quiet_libraries()
     from timestep_experts.build import build_workshop
 
     workshop = build_workshop(recipe)
@@ -318,7 +282,7 @@ def _workshop(recipe: Any) -> Any:
         f" {len(skipped)} skipped; {len(workshop.prompts)} prompts"
     )
     for item in skipped:
-        console.print(f"  skipped {_escaped(item.place)}: {_escaped(item.reason)}", highlight=False)
+        console.print(f"  skipped {escaped(item.place)}: {escaped(item.reason)}", highlight=False)
     return workshop
 
 
@@ -339,16 +303,26 @@ def _stage(
     for name in [arm] if arm is not None else recipe.arm_names:
         job(recipe, name, workshop)
         bundle = recipe.output_dir / "arms" / name / "bundle"
-        console.print(f"{name}: {_escaped(bundle)}", soft_wrap=True)
+        console.print(f"{name}: {escaped(bundle)}", soft_wrap=True)
 
 
 def _train_arm(recipe: Any, arm: str, workshop: Any) -> None:
     from timestep_experts import jobs
 
     console.rule(f"[bold]{arm}", align="left")
-    jobs.foster_arm(recipe, arm, workshop)
+    if jobs.is_distilled(recipe, arm):
+        jobs.distill_arm(recipe, arm, workshop)
+    else:
+        jobs.foster_arm(recipe, arm, workshop)
     if jobs.has_second_stage(recipe, arm):
-        jobs.assemble_arm(recipe, arm, workshop)
+        _assemble_arm(recipe, arm, workshop)
+
+
+def _assemble_arm(recipe: Any, arm: str, workshop: Any) -> None:
+    from timestep_experts import jobs
+
+    job = jobs.distill_router_arm if jobs.is_distilled(recipe, arm) else jobs.assemble_arm
+    job(recipe, arm, workshop)
 
 
 def _evaluate(recipe: Any, workshop: Any) -> None:
@@ -360,7 +334,7 @@ def _evaluate(recipe: Any, workshop: Any) -> None:
     intervals = jobs.reported_partition(recipe, workshop).intervals
     console.print(interval_table(results, intervals))
     console.print(results_table(results, intervals))
-    console.print(f"report: [bold]{_escaped(report)}", soft_wrap=True)
+    console.print(f"report: [bold]{escaped(report)}", soft_wrap=True)
 
 
 def _print_plan(recipe: Any, arm: str | None = None) -> None:
@@ -375,8 +349,8 @@ def _print_stages(stages: Iterable[Any], device: str) -> None:
     table = Table(*titles, *parts, title=f"plan; estimated memory of training on {device}, at its peak")
     for stage in stages:
         low, high = stage.samples_per_expert
-        memory = stage.memory
-        assert memory is not None  # it was asked for
+        memory = stage.memory  # not known of distillation
+        sizes = () if memory is None else (memory.base, memory.experts, memory.activations, memory.peak)
         table.add_row(
             stage.arm,
             stage.stage,
@@ -385,7 +359,7 @@ def _print_stages(stages: Iterable[Any], device: str) -> None:
             f"{stage.steps:,}",
             f"{low:,}" if low == high else f"{low:,} to {high:,}",
             f"{stage.samples:,}",
-            *(_size(size) for size in (memory.base, memory.experts, memory.activations, memory.peak)),
+            *([_size(size) for size in sizes] or ["not estimated"] * len(parts)),
         )
     console.print(table)
 
