@@ -82,7 +82,7 @@ def row(outcome: Outcome, *starts: str) -> list[str]:
 @pytest.mark.parametrize(
     "command",
     [
-        *(None, "run", "foster", "distill", "assemble", "evaluate", "sample", "show", "explain"),
+        *(None, "run", "foster", "distill", "assemble", "decouple", "evaluate", "sample", "show", "explain"),
         *("merge", "search", "merge-lora", "extract-lora", "analyse"),
     ],
 )

@@ -12,7 +12,7 @@ from tiny import PIPELINES
 from tiny_video import tiny_video_crafter, tiny_wan
 
 from timestep_experts.config import load_recipe
-from timestep_experts.jobs import make_plan
+from timestep_experts.jobs import make_decouple_plan, make_plan
 from timestep_experts.models.video_crafter import fold_fps
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -35,6 +35,7 @@ BASES: dict[str, Callable[[], Any]] = {
     "wan21": tiny_wan,
     "wan22": partial(tiny_wan, 0.875),
 }
+DECOUPLED: dict[str, Callable[[], Any]] = {"deme_cifar10": PIPELINES["ddpm"], "deme_sd14": PIPELINES["sd"]}
 DISTILLED = ("dmd2_sd15",)  # planned in test_distill_run.py
 WITHOUT_TEXT = ("flux1_dev", "wan21", "wan22")
 SCALES = {"videocrafter2": (8, 4), "wan22": (6, 2)}
@@ -42,7 +43,7 @@ SAMPLES = {"videocrafter2": 5000 * 32, "wan21": 4000 * 8, "wan22": 4000 * 8}
 
 
 def test_every_recipe_is_tested() -> None:
-    assert {path.stem for path in FOLDER.glob("papers/*.yaml")} == {*BASES, *DISTILLED}
+    assert {path.stem for path in FOLDER.glob("papers/*.yaml")} == {*BASES, *DISTILLED, *DECOUPLED}
     assert {path.stem for path in FOLDER.glob("*.yaml")} == {"quickstart", "emoji", "lpc", "distill"}
 
 
@@ -67,6 +68,15 @@ def test_a_papers_recipe_fits_its_base(name: str, tmp_path: Path) -> None:
     if name != "wan22":  # where experts sit in one of two transformers
         assert plan[0].trainable * coarse == plan[1].trainable * fine
     assert (recipe.experts.text_target_modules is None) == (name in WITHOUT_TEXT)
+
+
+@pytest.mark.parametrize("name", DECOUPLED)
+def test_a_papers_recipe_of_full_copies_fits_its_base(name: str, tmp_path: Path) -> None:
+    DECOUPLED[name]().save_pretrained(tmp_path)
+    recipe = load_recipe(FOLDER / "papers" / f"{name}.yaml", [f"pretrained_model_name_or_path={tmp_path}"])
+    plan = make_decouple_plan(recipe)
+    assert [stage.stage for stage in plan] == [f"decouple-{index}" for index in range(4)]
+    assert {(stage.steps, stage.samples) for stage in plan} == {(20_000, 20_000 * 64)}
 
 
 def test_the_shipped_base_can_be_planned(tmp_path: Path) -> None:

@@ -30,7 +30,12 @@ from timestep_experts.inference.sample import choose_scheduler
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale, asymmetric
 from timestep_experts.models import Family, load_family
-from timestep_experts.training import AssembleSettings, FosterSettings, LoopSettings, OptimiserSettings
+from timestep_experts.training import (
+    AssembleSettings,
+    FosterSettings,
+    LoopSettings,
+    OptimiserSettings,
+)
 from timestep_experts.world.judge import ASSETS
 from timestep_experts.world.scenes import parse_caption
 

@@ -225,6 +225,28 @@ def draw_timesteps(
     return t.float().clamp(*_float32_within(lo, hi))
 
 
+def mirror_timesteps(t: Tensor, interval: Interval, density: TimestepDensity, *, integer: bool) -> Tensor:
+    """The antithetic partners of timesteps: what the mirrored quantile ``1 - u`` of the truncated density gives.
+
+    Pairs have the density of single draws. Uniformly drawn whole timesteps become ``lo + hi - 1 - t`` (DeMe, 3.2; lo
+    and hi rounded up to whole ones), uniformly drawn continuous ones ``lo + hi - t``.
+
+    Args:
+        t: in the interval, as `draw_timesteps` gives them.
+        interval: in which they are mirrored.
+        density: from which they were drawn; uniform if ``integer``.
+        integer: whether timesteps are whole.
+
+    Returns:
+        Timesteps in the interval, in the shape and dtype of ``t``.
+    """
+    if integer:
+        return math.ceil(interval.lo) + math.ceil(interval.hi) - 1 - t
+    low, high = density.cdf(torch.tensor([interval.lo, interval.hi], dtype=torch.double)).tolist()
+    mirrored = density.icdf(low + high - density.cdf(t)).clamp(interval.lo, interval.hi)
+    return mirrored.to(t.dtype).clamp(*_float32_within(interval.lo, interval.hi))
+
+
 def _float32_within(lo: float, hi: float) -> tuple[float, float]:
     """The smallest and the largest float32 in ``[lo, hi)``."""
     first, last = torch.tensor([lo, hi], dtype=torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -134,6 +134,34 @@ def assemble(recipe: RecipePath, overrides: Overrides = None, arm: Arm = None, d
 
 
 @app.command()
+def decouple(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    range_: Annotated[
+        list[int] | None,
+        typer.Option("--range", help="Only this range, from 0 at low noise; may be given several times."),
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a full copy of the denoiser for every range of timesteps; writes folders for **merge** and **sample**."""
+    loaded = _load(recipe, overrides)
+    quiet_libraries()
+    from timestep_experts import jobs
+
+    plans = jobs.make_decouple_plan(loaded, range_, with_memory=dry_run)  # what does not fit fails here
+    if dry_run:
+        _print_stages(plans, jobs.planned_device(loaded))
+        return
+    workshop = _workshop(loaded)
+    jobs.prepare_output(loaded)
+    for index in range(len(plans)) if range_ is None else range_:
+        folder, kept = jobs.decouple_range(loaded, index, workshop)
+        console.print(f"range {index}: {escaped(folder)}", soft_wrap=True)
+        if kept:
+            console.print(f"  projections beside the weights, not in them: {', '.join(kept)}", soft_wrap=True)
+
+
+@app.command()
 def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Measure the trained arms of a recipe, print the table and write the report."""
     loaded = _load(recipe, overrides)
@@ -142,8 +170,9 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 @app.command()
 def sample(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")],
     prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.")],
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle's folder.")] = None,
+    ensemble: Annotated[Path | None, typer.Option(help="Or a run's folder of decoupled experts, not merged.")] = None,
     output: Annotated[Path, typer.Option(help="Where to put pictures and a contact sheet.")] = Path("samples"),
     model: Annotated[str | None, typer.Option(help="The base; default: the one the bundle was made on.")] = None,
     mode: Annotated[str | None, typer.Option(help="switch, route or off; default: the bundle's own.")] = None,
@@ -160,12 +189,18 @@ def sample(
     num_frames: Annotated[int | None, typer.Option(min=1, help="Of clips; default: as trained.")] = None,
     fps: Annotated[float | None, typer.Option(min=0.1, help="Of clips' files; default: as trained, or 8.")] = None,
 ) -> None:
-    """Draw pictures, or clips with a video model, with a trained bundle."""
+    """Draw pictures, or clips with a video model, with a trained bundle or an ensemble of decoupled experts."""
     quiet_libraries()
-    from timestep_experts.jobs.draw import DrawSettings, draw
+    from timestep_experts.jobs.draw import DrawSettings, draw, draw_ensemble
 
     settings = DrawSettings(model, mode, scheduler, steps, guidance, seed, height, width, num_frames, fps)
-    paths, cost = draw(bundle, prompt, output, settings)
+    if (bundle is None) == (ensemble is None):
+        raise ValueError("give either a bundle's folder or --ensemble")
+    if ensemble is not None:
+        paths, cost, num_swaps = draw_ensemble(ensemble, prompt, output, settings)
+        console.print(f"experts were put into the denoiser {num_swaps:,} times")
+    elif bundle is not None:
+        paths, cost = draw(bundle, prompt, output, settings)
     kind = "clips" if paths[0].suffix == ".mp4" else "pictures"
     count = len(paths) - 1
     console.print(f"{count} {kind} and {paths[-1].name} in {output}; {cost.per_picture(count)}")
@@ -305,11 +340,14 @@ def _evaluate(recipe: Any, workshop: Any) -> None:
 def _print_plan(recipe: Any, arm: str | None = None) -> None:
     from timestep_experts.jobs import make_plan, planned_device
 
+    _print_stages(make_plan(recipe, arm, with_memory=True), planned_device(recipe))
+
+
+def _print_stages(stages: Iterable[Any], device: str) -> None:
     titles = ("arm", "stage", "experts", "trained", "steps", "samples per expert", "samples")
     parts = ("base", "experts and optimizer", "activations", "peak")
-    device = planned_device(recipe)
     table = Table(*titles, *parts, title=f"plan; estimated memory of training on {device}, at its peak")
-    for stage in make_plan(recipe, arm, with_memory=True):
+    for stage in stages:
         low, high = stage.samples_per_expert
         memory = stage.memory  # not known of distillation
         sizes = () if memory is None else (memory.base, memory.experts, memory.activations, memory.peak)

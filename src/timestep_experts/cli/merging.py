@@ -82,6 +82,8 @@ def merge(
         f" how is in {escaped(merged.record)}",
         soft_wrap=True,
     )
+    if merged.kept_projections:
+        console.print(f"  projections beside the weights, not in them: {', '.join(merged.kept_projections)}")
     for name in merged.left_out:
         console.print(f"  not copied, for it holds weights that were not merged: {escaped(name)}", soft_wrap=True)
 

@@ -2,15 +2,19 @@
 
 from timestep_experts.inference.attach import attach, detach
 from timestep_experts.inference.cost import DrawingCost, counted
+from timestep_experts.inference.ensemble import Ensemble, attach_ensemble, attach_projections
 from timestep_experts.inference.reencode import Reencoder, reencoding
 from timestep_experts.inference.sample import SampleSettings, sample
 from timestep_experts.inference.video import write_mp4
 
 __all__ = [
     "DrawingCost",
+    "Ensemble",
     "Reencoder",
     "SampleSettings",
     "attach",
+    "attach_ensemble",
+    "attach_projections",
     "counted",
     "detach",
     "reencoding",

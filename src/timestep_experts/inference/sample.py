@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ def sample(
 
     Args:
         pipeline: a diffusers text-to-image or text-to-video pipeline, with or without experts; its scheduler is put
-            back afterwards.
+            back afterwards. One that takes no prompts (DDPM) draws as many pictures, of its own size.
         prompts: N of them.
         settings: see there.
         progress: title of the progress bar, ``None`` for no bar.
@@ -79,6 +80,7 @@ def sample(
     before = pipeline.scheduler
     pipeline.scheduler = choose_scheduler(settings.scheduler, before)
     options = {**sampling_options_of(pipeline), **settings.call_options}
+    takes_prompts = "prompt" in inspect.signature(pipeline.__call__).parameters
     unit = "picture" if settings.num_frames is None else "clip"
     drawn = []
     try:
@@ -87,7 +89,11 @@ def sample(
                 batch = list(prompts[start : start + settings.batch_size])
                 seeds = range(settings.seed + start, settings.seed + start + len(batch))
                 generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-                output = pipeline(prompt=batch, generator=generators, output_type="np", **options)
+                if takes_prompts:
+                    output = pipeline(prompt=batch, generator=generators, output_type="np", **options)
+                else:
+                    steps = settings.num_inference_steps
+                    output = pipeline(len(batch), generators, num_inference_steps=steps, output_type="np")
                 signal = np.asarray(output.images if settings.num_frames is None else output.frames)
                 _require_finite(signal, batch, pipeline)
                 drawn.append((signal * 255).round().astype(np.uint8))

@@ -1,10 +1,11 @@
-"""Draw pictures or clips with a bundle."""
+"""Draw pictures or clips with a bundle, or with decoupled experts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,8 @@ from timestep_experts.build import BASE_DTYPES, resolve_model
 from timestep_experts.config import ClipsConfig
 from timestep_experts.data import ClipSettings, PictureSettings
 from timestep_experts.formats import Bundle, load_bundle
-from timestep_experts.inference import DrawingCost, SampleSettings, attach, counted, sample
+from timestep_experts.formats.experts import find_experts
+from timestep_experts.inference import DrawingCost, SampleSettings, attach, attach_ensemble, counted, sample
 from timestep_experts.jobs.media import SHEET, frames_per_second, save_media, save_media_sheet
 from timestep_experts.mixture import MODES, Mode
 from timestep_experts.models import Family, load_family
@@ -63,13 +65,24 @@ def draw(bundle: Path, prompts: Sequence[str], output: Path, settings: DrawSetti
     family = _load_base(settings.model or loaded.base_model, loaded)
     if not family.text_encoders:
         raise ValueError(f"{family.source} is a {type(family.pipeline()).__name__}: it draws nothing for a prompt")
+    attach(family.pipeline(), loaded, mode)
+    trained = _trained_media(loaded.provenance.get("recipe", {}), family)
+    return _draw(family, trained, loaded.provenance, prompts, output, settings)
+
+
+def _draw(
+    family: Family,
+    trained: ClipSettings | PictureSettings,
+    provenance: Mapping[str, Any],
+    prompts: Sequence[str],
+    output: Path,
+    settings: DrawSettings,
+) -> tuple[list[Path], DrawingCost]:
     pipeline = family.pipeline()
-    attach(pipeline, loaded, mode)
-    trained = _trained_media(loaded, family)
     num_frames = trained.num_frames if isinstance(trained, ClipSettings) else None
     if num_frames is None and (settings.num_frames or settings.fps):
         raise ValueError(f"{family.source} draws pictures: num_frames and fps are for video models")
-    scheduler, num_steps, guidance, timesteps = _sampler(loaded, settings)
+    scheduler, num_steps, guidance, timesteps = _sampler(provenance, settings)
     sampling = SampleSettings(
         scheduler,
         num_steps,
@@ -78,7 +91,7 @@ def draw(bundle: Path, prompts: Sequence[str], output: Path, settings: DrawSetti
         _BATCH_SIZE if num_frames is None else 1,
         settings.seed,
         settings.num_frames or num_frames,
-        loaded.provenance.get("recipe", {}).get("max_sequence_length"),
+        provenance.get("recipe", {}).get("max_sequence_length"),
         timesteps,
     )
     with counted(pipeline) as cost:
@@ -89,12 +102,44 @@ def draw(bundle: Path, prompts: Sequence[str], output: Path, settings: DrawSetti
     return [*paths, output / SHEET], cost
 
 
-def _sampler(bundle: Bundle, settings: DrawSettings) -> tuple[str | None, int, float, tuple[int, ...] | None]:
+def draw_ensemble(
+    experts: Path, prompts: Sequence[str], output: Path, settings: DrawSettings
+) -> tuple[list[Path], DrawingCost, int]:
+    """Draw with decoupled experts that are not merged, each at its own timesteps.
+
+    A base without text draws one picture per prompt all the same.
+
+    Args:
+        experts: a run's ``decoupled`` folder.
+        prompts: one per picture or clip.
+        output: where to.
+        settings: see there; ``mode`` does not apply.
+
+    Returns:
+        As `draw`, and how often another expert was put into the denoiser.
+
+    Raises:
+        ValueError: the experts or the base cannot be used, or a mode is asked for.
+    """
+    if settings.mode is not None:
+        raise ValueError(f"mode {settings.mode!r} is for bundles; an ensemble has one expert at a time")
+    folders, partition, record = find_experts(experts)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    family = load_family(resolve_model(settings.model or record.base_model), device)
+    ensemble = attach_ensemble(family.pipeline(), folders, partition)
+    trained = _trained_media(record.provenance.get("recipe", {}), family)
+    paths, cost = _draw(family, trained, record.provenance, prompts, output, settings)
+    return paths, cost, ensemble.num_swaps
+
+
+def _sampler(
+    provenance: Mapping[str, Any], settings: DrawSettings
+) -> tuple[str | None, int, float, tuple[int, ...] | None]:
     """Scheduler, steps, guidance and timesteps: a generator's own where its bundle says so and nobody else does.
 
     Its timesteps are left with another scheduler or number of steps, and in mode off, in which there is no generator.
     """
-    own = bundle.provenance.get("sampling") or {} if settings.mode != "off" else {}
+    own = provenance.get("sampling") or {} if settings.mode != "off" else {}
     guidance = own.get("guidance_scale", _GUIDANCE) if settings.guidance_scale is None else settings.guidance_scale
     timesteps = tuple(own.get("timesteps") or ())
     if not timesteps or settings.scheduler is not None or settings.num_inference_steps not in (None, len(timesteps)):
@@ -111,9 +156,8 @@ def _load_base(source: str, bundle: Bundle) -> Family:
     return load_family(resolve_model(source), device, dtype, training.get("base_quantization"))
 
 
-def _trained_media(bundle: Bundle, family: Family) -> ClipSettings | PictureSettings:
-    """What the bundle was trained on, as far as it says; else what the base draws."""
-    recipe = bundle.provenance.get("recipe", {})
+def _trained_media(recipe: Mapping[str, Any], family: Family) -> ClipSettings | PictureSettings:
+    """What experts were trained on, as far as their recipe says; else what the base draws."""
     height, width = recipe.get("resolution") or family.default_size
     if family.default_num_frames is None:
         return PictureSettings(height, width)

@@ -11,9 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from timestep_experts.formats.checkpoints import Checkpoint, file_sha256, weights_sha256
-
-BASE_KEY = "base_sha256"
-"""Metadata of an expert's weights: the hash of the base that it was trained from, see `weights_sha256`."""
+from timestep_experts.formats.experts import BASE_KEY
 
 _NUM_SHOWN = 3
 

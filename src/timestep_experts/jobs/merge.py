@@ -16,8 +16,10 @@ from tqdm import tqdm
 from timestep_experts import __version__
 from timestep_experts.formats.atomic import atomic_path, write_json
 from timestep_experts.formats.checkpoints import Checkpoint, TensorInfo, write_streamed
+from timestep_experts.formats.experts import BASE_KEY as BASE_KEY
+from timestep_experts.formats.experts import PROJECTIONS, write_projections
 from timestep_experts.formats.model_folders import copy_around, find_weights, write_index
-from timestep_experts.jobs.inputs import BASE_KEY as BASE_KEY
+from timestep_experts.jobs.factors import Factors, read_factors
 from timestep_experts.jobs.inputs import MergeInput, check_descent, finite_tensor, hash_inputs, is_finite, some
 from timestep_experts.merging import METHODS, MergeSettings, merge_tensor
 
@@ -38,6 +40,8 @@ class Merged:
         num_tensors: in the merged weights.
         num_kept: of those, integers and booleans, which have the base's value.
         left_out: files of the base that hold other copies of the weights, which were not merged and not copied.
+        kept_projections: names of projections that fold into no layer; they are in ``projection.safetensors`` beside
+            the weights, which alone are not the model.
     """
 
     path: Path
@@ -45,6 +49,7 @@ class Merged:
     num_tensors: int
     num_kept: int
     left_out: tuple[str, ...]
+    kept_projections: tuple[str, ...] = ()
 
 
 def merge(
@@ -79,16 +84,22 @@ def merge(
         raise ValueError(f"there are {len(settings.weights)} weights for {len(experts)} experts")
     for expert in checkpoints[1:]:
         check_fit(checkpoints[0], expert)
-    weights = settings.weights_by_tensor(checkpoints[0].tensors)
+    factors = read_factors(places[0], places[1:], has_folder=base.is_dir())
+    names = factors.names if factors is not None else ()
+    weights = settings.weights_by_tensor([*checkpoints[0].tensors, *names])
     inputs = hash_inputs(checkpoints)
     check_descent(inputs[0].sha256, str(inputs[0].weights.path), inputs[1:])
     if expert_hashes is not None:
         _check_hashes(inputs[1:], expert_hashes)
     part = None if places[0] == base else places[0].name
-    work = _Work(inputs[0], inputs[1:], settings, weights, chosen, part)
+    if factors is not None:
+        factors = factors.merge_projections(weights, settings, [expert.sha256 for expert in inputs[1:]])
+    work = _Work(inputs[0], inputs[1:], settings, weights, chosen, part, factors)
     left_out = _write_file(work, output, record_path) if base.is_file() else _write_folder(work, base, output)
     num_kept = sum(not info.dtype.is_floating_point for info in checkpoints[0].tensors.values())
-    return Merged(output, record_path, len(checkpoints[0].tensors), num_kept, left_out)
+    kept = None if factors is None else factors.kept
+    kept_names = () if kept is None else tuple(kept.deltas)
+    return Merged(output, record_path, len(checkpoints[0].tensors), num_kept, left_out, kept_names)
 
 
 def make_settings(
@@ -144,6 +155,7 @@ class _Work:
     weights: Mapping[str, tuple[float, ...]]
     dtype: torch.dtype | None
     component: str | None  # of the base's pipeline
+    factors: Factors | None = None
 
     def layout(self) -> dict[str, TensorInfo]:
         """What the result holds."""
@@ -156,16 +168,24 @@ class _Work:
         if not base.is_floating_point():
             return base
         # In the order of their hashes, so that the sum's rounding does not depend on the order they were given in.
-        pairs = zip(self.experts, self.weights[name], strict=True)
-        ordered = sorted(pairs, key=lambda pair: (pair[0].sha256, pair[1]))
-        tensors = (finite_tensor(expert, name) for expert, _ in ordered)
-        weights, keys = [weight for _, weight in ordered], [expert.sha256 for expert, _ in ordered]
+        pairs = zip(range(len(self.experts)), self.weights[name], strict=True)
+        ordered = sorted(pairs, key=lambda pair: (self.experts[pair[0]].sha256, pair[1]))
+        tensors = (self._of_expert(index, name) for index, _ in ordered)
+        weights, keys = [weight for _, weight in ordered], [self.experts[index].sha256 for index, _ in ordered]
         dtype = self._dtype(base.dtype)
         wide = base.to(torch.promote_types(base.dtype, dtype))
-        merged = merge_tensor(name, wide, tensors, weights, self.settings, keys).to(dtype)
+        if self.factors is not None and self.factors.projection_of(name) is not None:
+            merged = merge_tensor(name, wide.double(), tensors, weights, self.settings, keys)
+            merged = self.factors.folded(name, merged).to(dtype)
+        else:
+            merged = merge_tensor(name, wide, tensors, weights, self.settings, keys).to(dtype)
         if not is_finite(merged):
             raise ValueError(f"the merged {name} leaves the range of {dtype}; take smaller weights or another dtype")
         return merged
+
+    def _of_expert(self, index: int, name: str) -> Tensor:
+        tensor = finite_tensor(self.experts[index], name)
+        return tensor if self.factors is None else self.factors.unfolded(index, name, tensor)
 
     def write(self, folder: Path, names: Mapping[Path, str]) -> None:
         """Write the result's files, with a bar over the bytes read.
@@ -203,6 +223,7 @@ class _Work:
                 "component": self.component,
                 "dtype": None if self.dtype is None else str(self.dtype),
             },
+            "projections": {} if self.factors is None else self.factors.described(),
             "versions": {"timestep_experts": __version__, "torch": str(torch.__version__)},
         }
 
@@ -227,6 +248,8 @@ def _write_folder(work: _Work, base: Path, output: Path) -> tuple[str, ...]:
         left_out = copy_around(base, weights, draft)
         home = draft / weights.files[0].parent.relative_to(base)
         work.write(home, {file: file.name for file in weights.files})
+        if work.factors is not None and work.factors.kept is not None:
+            write_projections(home / PROJECTIONS, work.factors.kept)
         if weights.index is not None:
             write_index(weights.index, work.layout(), home / weights.index.name)
         write_json(draft / _RECORD, work.record())

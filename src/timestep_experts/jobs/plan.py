@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,12 +20,13 @@ from timestep_experts.build import (
 )
 from timestep_experts.config import Recipe
 from timestep_experts.data import ClipSettings
+from timestep_experts.jobs.decouple import build_decouple_settings
 from timestep_experts.jobs.distill import settings_of
 from timestep_experts.jobs.train import has_second_stage
 from timestep_experts.mixture import Mixture
 from timestep_experts.models import Family, Outline, read_outline
 from timestep_experts.models.quantization import quantised_bytes
-from timestep_experts.training import assemble, foster
+from timestep_experts.training import DecoupleSettings, assemble, decouple, foster
 from timestep_experts.training.distill import DistillStage, distill, distill_router
 from timestep_experts.training.memory import fake_networks, fake_pictures, step_peak
 from timestep_experts.training.optimiser import state_bytes
@@ -87,6 +89,8 @@ def make_plan(recipe: Recipe, arm: str | None = None, *, with_memory: bool = Fal
     Raises:
         ValueError: the base has no readable configuration, or the experts do not fit it.
     """
+    if not recipe.has_experts:
+        raise ValueError("recipe.experts: this recipe has none to train; the command for its full copies is decouple")
     arms = recipe.arm_names if arm is None else [arm]
     return [stage for name in arms for stage in _plan_arm(recipe, name, with_memory)]
 
@@ -112,6 +116,66 @@ def _plan_arm(recipe: Recipe, arm: str, with_memory: bool) -> list[StagePlan]:
         return plans
     memory = _estimate(own, outline, mixture, make_stages, base)
     return [replace(plan, memory=estimated) for plan, estimated in zip(plans, memory, strict=True)]
+
+
+def make_decouple_plan(
+    recipe: Recipe, indices: Sequence[int] | None = None, *, with_memory: bool = False
+) -> list[StagePlan]:
+    """Every range's training, counted on the meta device: nothing is loaded or trained.
+
+    Args:
+        recipe: what to plan.
+        indices: only these ranges; ``None`` for all.
+        with_memory: estimate memory too, which takes seconds.
+
+    Raises:
+        ValueError: the base has no readable configuration, or what is asked does not fit it.
+    """
+    outline = read_outline(resolve_model(recipe.pretrained_model_name_or_path))
+    settings = build_decouple_settings(recipe, outline.num_train_timesteps)
+    outline.cast_to(build_base_dtype(recipe))
+    family = outline.make_family()
+    wanted = range(len(settings.partition)) if indices is None else indices
+    plans = []
+    for number in wanted:
+        plan = _count("decouple", decouple(family, settings, number).stage)
+        plans.append(replace(plan, samples_per_expert=(plan.samples, plan.samples), num_experts=1))  # of all ranges' t
+    if not with_memory:
+        return plans
+    memory = _estimate_copy(recipe, outline, family, settings)
+    return [replace(plan, memory=memory) for plan in plans]
+
+
+def _estimate_copy(recipe: Recipe, outline: Outline, family: Family, settings: DecoupleSettings) -> Memory:
+    """The memory of a range's training, which is that of every other one: a step of it on fake tensors."""
+    training, on_accelerator = recipe.training, planned_device(recipe) != "cpu"
+    base = _base_bytes(recipe, outline)
+    if not settings.consistency and on_accelerator:
+        base -= sum(tensor.nbytes for tensor in (*family.denoiser.parameters(), *family.denoiser.buffers()))
+    if recipe.max_sequence_length is not None:
+        family.set_max_sequence_length(recipe.max_sequence_length)
+    if training.gradient_checkpointing:
+        family.checkpoint_gradients()
+    with fake_networks([*outline.denoisers.values(), *outline.text_encoders.values(), *outline.autoencoders.values()]):
+        pictures = fake_pictures(family, _pixel_shape(recipe, family), as_tokens=False)
+        with warnings.catch_warnings():  # a copy of a fake tensor asks for its address
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            made = decouple(family, settings, 0)
+        peak = step_peak(
+            made.stage,
+            made.trainee,
+            made.family,
+            pictures,
+            training.gradient_accumulation_steps,
+            training.mixed_precision,
+            on_accelerator=on_accelerator,
+        )
+    assert recipe.decouple is not None  # its settings were built
+    optimiser = build_optimiser_settings(recipe.decouple.optimizer)
+    trained = 4 * sum(parameter.numel() for parameter in made.stage.parameters())
+    copies = sum(4 * p.numel() for p in made.trainee.denoiser.parameters()) + trained * (settings.ema_decay is not None)
+    shapes = [leaf.shape for learner in made.stage.learners for leaf in learner.leaves]
+    return Memory(base, copies + trained + state_bytes(optimiser.name, optimiser.options, shapes), peak - trained)
 
 
 def _plan_distillation(
@@ -149,7 +213,7 @@ def _count(arm: str, stage: Stage) -> StagePlan:
         trainable=sum(leaf.numel() for learner in stage.learners for leaf in learner.leaves),
         steps=stage.num_steps,
         samples_per_expert=(min(seen), max(seen)),
-        samples=stage.num_steps * len(stage.plan.strata) * batch,
+        samples=stage.num_steps * stage.plan.batch_size,
     )
 
 

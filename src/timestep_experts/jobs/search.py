@@ -20,6 +20,7 @@ from timestep_experts.evaluation import LossSettings
 from timestep_experts.evaluation.merges import MergeBench, MergeLosses
 from timestep_experts.formats.atomic import atomic_path, write_json
 from timestep_experts.formats.checkpoints import Checkpoint
+from timestep_experts.formats.experts import read_projections
 from timestep_experts.formats.model_folders import find_weights
 from timestep_experts.intervals import Interval, Partition
 from timestep_experts.jobs.inputs import MergeInput, check_descent, finite_tensor, hash_inputs
@@ -293,7 +294,15 @@ def open_experts(paths: Sequence[Path], recipe: Recipe) -> list[Checkpoint]:
     """
     if not paths:
         raise ValueError(f"give at least one --expert, fine-tuned from {recipe.pretrained_model_name_or_path}")
-    return [Checkpoint(find_weights(path)) for path in paths]
+    places = [find_weights(path) for path in paths]
+    for place in places:
+        projections = read_projections(place) if place.is_dir() else None
+        if projections is not None and projections.kept:
+            raise ValueError(
+                f"{place} has projections that are not in its weights ({projections.kept[0].name} and others), which a"
+                " search cannot merge; train with projection: foldable, or give merge its weights yourself"
+            )
+    return [Checkpoint(place) for place in places]
 
 
 def hash_base(recipe: Recipe, family: Family) -> MergeInput | None:

@@ -37,7 +37,8 @@ from timestep_experts.training.stage import Stage
 
 def prepare_output(recipe: Recipe) -> None:
     """Write the resolved recipe beside the results."""
-    document = recipe.model_dump(mode="json")
+    left_out = set() if recipe.has_experts else {"experts", "foster", "assemble", "modes", "arms"}
+    document = recipe.model_dump(mode="json", exclude=left_out)
     write_text(recipe.output_dir / "recipe.yaml", yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
 

@@ -5,6 +5,17 @@ from timestep_experts.merging.groups import WeightGroups
 from timestep_experts.merging.live import LiveMerge
 from timestep_experts.merging.lowrank import LowRank, Truncated, truncate, truncate_matrix, weighted_sum
 from timestep_experts.merging.methods import Method, mask_seed, merge_dare, merge_linear, merge_ties, task_vector, trim
+from timestep_experts.merging.projection import (
+    PLACEMENTS,
+    Place,
+    Placement,
+    Projections,
+    find_places,
+    fold,
+    folded_layers,
+    project,
+    unfold,
+)
 from timestep_experts.merging.search import (
     Evaluated,
     Ledger,
@@ -23,6 +34,7 @@ from timestep_experts.merging.settings import METHODS, MergeSettings, merge_tens
 
 __all__ = [
     "METHODS",
+    "PLACEMENTS",
     "Cut",
     "Evaluated",
     "Ledger",
@@ -30,14 +42,20 @@ __all__ = [
     "LowRank",
     "MergeSettings",
     "Method",
+    "Place",
+    "Placement",
+    "Projections",
     "Quadratic",
     "QuadraticSettings",
     "Truncated",
     "WeightGroups",
     "Weights",
     "best_cuts",
+    "find_places",
     "fit_around",
     "fit_quadratic",
+    "fold",
+    "folded_layers",
     "grid",
     "lattice",
     "mask_seed",
@@ -47,10 +65,12 @@ __all__ = [
     "merge_ties",
     "minimise_in_box",
     "num_coefficients",
+    "project",
     "search_quadratic",
     "task_vector",
     "trim",
     "truncate",
     "truncate_matrix",
+    "unfold",
     "weighted_sum",
 ]

@@ -1,7 +1,7 @@
 """What differs between base models, one file per family, behind one protocol."""
 
 from timestep_experts.models.ddpm import DDPM
-from timestep_experts.models.family import Conditioning, Family, timestep_scale_of
+from timestep_experts.models.family import SECOND_DENOISERS, Conditioning, Family, timestep_scale_of
 from timestep_experts.models.flux import Flux
 from timestep_experts.models.noise import DiscreteNoise, FlowNoise, NoiseProcess
 from timestep_experts.models.outline import Outline, read_network, read_outline
@@ -17,6 +17,7 @@ from timestep_experts.models.wan import Wan, owned_intervals
 __all__ = [
     "DDPM",
     "FAMILIES",
+    "SECOND_DENOISERS",
     "Conditioning",
     "DiscreteNoise",
     "Family",

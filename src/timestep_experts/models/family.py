@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -211,6 +212,19 @@ class Family(ABC):
     def pipeline(self) -> Any:
         """The diffusers pipeline around the same modules."""
         return self.parts
+
+    def with_denoiser(self, denoiser: nn.Module) -> Self:
+        """The same base around another denoiser, all else shared; this one keeps its own.
+
+        Raises:
+            ValueError: the base shares out its timesteps among several denoisers.
+        """
+        if len(self.denoisers) > 1:
+            raise ValueError(f"{self.source} has several denoisers ({', '.join(self.denoisers)}); one is needed")
+        twin = copy(self)
+        twin.parts = copy(self.parts)
+        setattr(twin.parts, self.denoiser_name, denoiser)
+        return twin
 
     def encoder_fingerprint(self) -> str:
         """A hash of whatever decides latents and text features: weights, settings and vocabularies."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from timestep_experts.intervals import LogitNormalDensity, TimestepDensity, UniformDensity
 
 PREDICTIONS = ("epsilon", "v_prediction")
+_LEAST = 1e-20  # of alphas_cumprod, where a schedule ends in pure noise
 
 
 class NoiseProcess(Protocol):
@@ -39,6 +40,14 @@ class NoiseProcess(Protocol):
 
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the denoiser should say: noise, velocity or flow."""
+        ...
+
+    def snr(self, t: Tensor) -> Tensor:
+        """Signal-to-noise ratio of the noisy latents at ``t``, the square of the factors' ratio; float64."""
+        ...
+
+    def error_ratio(self, t: Tensor) -> Tensor:
+        """How much larger than the implied error of the noise an error of the target is at ``t``, float64."""
         ...
 
 
@@ -87,6 +96,26 @@ class DiscreteNoise:
             return noise
         velocity: Tensor = self.scheduler.get_velocity(self._scaled(latents, t), noise, t)
         return velocity
+
+    def snr(self, t: Tensor) -> Tensor:
+        """``a_t s_t^2 / (1 - a_t)``."""
+        kept = self._kept(t)
+        return kept * self._scale(t).square() / (1 - kept)
+
+    def error_ratio(self, t: Tensor) -> Tensor:
+        """1 for noise, ``1 / sqrt(a_t)`` for velocity."""
+        kept = self._kept(t)
+        if self.scheduler.config["prediction_type"] == "epsilon":
+            return torch.ones_like(kept)
+        return kept.clamp(min=_LEAST).rsqrt()
+
+    def _kept(self, t: Tensor) -> Tensor:
+        return self.scheduler.alphas_cumprod.double().to(t.device)[t]  # type: ignore[no-any-return]
+
+    def _scale(self, t: Tensor) -> Tensor:
+        if self.signal_scale is None:
+            return torch.ones((), dtype=torch.double, device=t.device)
+        return self.signal_scale.double().to(t.device)[t]
 
     def _scaled(self, latents: Tensor, t: Tensor) -> Tensor:
         if self.signal_scale is None:
@@ -140,6 +169,15 @@ class FlowNoise:
     def target(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:  # noqa: ARG002 - the flow is straight
         """``noise - x0``."""
         return noise - latents
+
+    def snr(self, t: Tensor) -> Tensor:
+        """``((1 - sigma) / sigma)^2``."""
+        sigma = t.double() / self.num_train_timesteps
+        return ((1 - sigma) / sigma).square()
+
+    def error_ratio(self, t: Tensor) -> Tensor:
+        """``1 / (1 - sigma)``."""
+        return 1 / (1 - t.double() / self.num_train_timesteps).clamp(min=_LEAST**0.5)
 
 
 def _dynamic_shift(config: Any, num_tokens: int) -> float:

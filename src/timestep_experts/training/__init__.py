@@ -1,6 +1,7 @@
 """Training the experts: one loop, short stages over it, checkpoints that resume to the byte."""
 
 from timestep_experts.training.assemble import AssembleSettings, assemble
+from timestep_experts.training.decouple import Decoupled, DecoupleSettings, decouple
 from timestep_experts.training.distill import DistillSettings, PhaseSettings, distill, distill_router
 from timestep_experts.training.foster import FosterMethod, FosterSettings, foster
 from timestep_experts.training.loop import LoopSettings
@@ -10,6 +11,8 @@ from timestep_experts.training.optimiser import OptimiserSettings
 __all__ = [
     "Adversary",
     "AssembleSettings",
+    "DecoupleSettings",
+    "Decoupled",
     "DistillSettings",
     "FosterMethod",
     "FosterSettings",
@@ -17,6 +20,7 @@ __all__ = [
     "OptimiserSettings",
     "PhaseSettings",
     "assemble",
+    "decouple",
     "distill",
     "distill_router",
     "foster",

@@ -15,10 +15,9 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timestep_experts.data import EncodedPictures
-from timestep_experts.mixture import Mixture
 from timestep_experts.models import Family
 from timestep_experts.training.batches import Batch
-from timestep_experts.training.stage import Precision, Stage, gradients_of
+from timestep_experts.training.stage import Precision, Stage, Trainee, gradients_of
 
 _FP32_ON_ACCELERATORS = ("group_norm", "layer_norm", "softmax")
 
@@ -127,7 +126,7 @@ def fake_pictures(family: Family, pixel_shape: Sequence[int], *, as_tokens: bool
 
 def step_peak(
     stage: Stage,
-    mixture: Mixture,
+    trainee: Trainee,
     family: Family,
     pictures: EncodedPictures,
     accumulation_steps: int,
@@ -142,7 +141,7 @@ def step_peak(
 
     Args:
         stage: whose step.
-        mixture: of fake networks.
+        trainee: on fake networks.
         family: of fake networks.
         pictures: see `fake_pictures`.
         accumulation_steps: into how many micro-batches a batch is cut; from the second one on, all gradients are there.
@@ -155,7 +154,7 @@ def step_peak(
     held = [*_tensors_of(family), *parameters, pictures.latents, *pictures.features.values()]
     meter = PeakMeter(held)
     stage.speak()
-    with gradients_of(stage, mixture), autocast_of_accelerators() if on_accelerator else nullcontext():
+    with gradients_of(stage, trainee), autocast_of_accelerators() if on_accelerator else nullcontext():
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter) if accumulation_steps > 1 else None
         with meter:
