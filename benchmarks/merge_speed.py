@@ -39,13 +39,14 @@ POLL_SECONDS = 0.01
 
 SD_MECHA = """
 import sys, sd_mecha
+from sd_mecha.extensions.builtin.merge_methods import linear  # the package's own wrapper fails
 method, base, output, *experts = sys.argv[1:]
 base, experts = sd_mecha.model(base), [sd_mecha.model(path) for path in experts]
 deltas = [sd_mecha.subtract(expert, base) for expert in experts]
 if method == "ties":
-    merged = sd_mecha.add_difference(base, sd_mecha.ties_sum(*deltas, k={density}), alpha={weight})
+    merged = linear.add_difference(base, sd_mecha.ties_sum(*deltas, k={density}), alpha={weight})
 else:
-    merged = sd_mecha.add_difference(base, sd_mecha.n_average(*deltas), alpha=4 * {weight})
+    merged = linear.add_difference(base, sd_mecha.n_average(*deltas), alpha=4 * {weight})
 sd_mecha.merge(merged, output=output)
 """
 LAYOUT = """
