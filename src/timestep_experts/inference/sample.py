@@ -16,6 +16,15 @@ from tqdm import tqdm
 from timestep_experts.models import sampling_options_of
 from timestep_experts.models.video_crafter import ScaledSignalDDIMScheduler
 
+_NOISE_SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+)
+
 
 @dataclass(frozen=True)
 class SampleSettings:
@@ -147,9 +156,10 @@ def make_scheduler(name: str, config: Any) -> Any:
     if kind is None:
         known = sorted(n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax"))
         raise ValueError(f"diffusers has no scheduler {name!r}; it has {', '.join(known)}")
-    # diffusers leaves out what was a default of the other class, as if the new one had the same defaults; LCM has not
-    explicit = {key: value for key, value in config.items() if key != "_use_default_values"}
+    # diffusers gives the new class its own value of whatever the other one had by default: right for ways to sample,
+    # not for what the model was trained with
+    defaults = [key for key in config.get("_use_default_values", ()) if key not in _NOISE_SCHEDULE]
     try:
-        return kind.from_config(explicit)
+        return kind.from_config({**config, "_use_default_values": defaults})
     except Exception as error:  # schedulers raise many kinds, missing libraries among them
         raise ValueError(f"{name} cannot be made for this noise schedule: {error}") from error
