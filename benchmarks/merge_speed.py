@@ -112,7 +112,7 @@ def mergekit(python: Path, method: str, base: Path, experts: list[Path], folder:
         "merge_method": "ties" if method == "ties" else "task_arithmetic",
         "base_model": str(base),
         "models": [{"model": str(path), "parameters": own} for path in experts],
-        "parameters": {"normalize": False},
+        "parameters": {"normalize": method == "ties", "lambda": 1.0},
         "dtype": "float32",
         "out_dtype": "float16",
     }
