@@ -44,9 +44,10 @@ method, base, output, *experts = sys.argv[1:]
 base, experts = sd_mecha.model(base), [sd_mecha.model(path) for path in experts]
 deltas = [sd_mecha.subtract(expert, base) for expert in experts]
 if method == "ties":
-    merged = linear.add_difference(base, sd_mecha.ties_sum(*deltas, k={density}), alpha={weight})
+    moved = sd_mecha.ties_sum(*deltas, k={density}, vote_sgn=True)
 else:
-    merged = linear.add_difference(base, sd_mecha.n_average(*deltas), alpha=4 * {weight})
+    moved = sd_mecha.n_average(*deltas)
+merged = linear.add_difference(base, moved, alpha=4 * {weight})
 sd_mecha.merge(merged, output=output)
 """
 LAYOUT = """
