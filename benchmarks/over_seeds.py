@@ -16,9 +16,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from timestep_experts import jobs
 from timestep_experts.build import build_workshop
 from timestep_experts.config import load_recipe
+from timestep_experts.jobs import runs
 from timestep_experts.report import results_rows
 
 COLUMNS = (
@@ -53,15 +53,15 @@ def run_seed(recipe: Path, overrides: list[str], seed: int) -> list[dict[str, st
     """All rows of one seed."""
     folder = load_recipe(recipe, overrides).output_dir / f"seed-{seed}"
     loaded = load_recipe(recipe, [*overrides, f"seed={seed}", f"output_dir={folder}"])
-    jobs.prepare_output(loaded)
+    runs.prepare_output(loaded)
     workshop = build_workshop(loaded)
     for arm in loaded.arm_names:
-        jobs.foster_arm(loaded, arm, workshop)
-        if jobs.has_second_stage(loaded, arm):
-            jobs.assemble_arm(loaded, arm, workshop)
-    results = jobs.evaluate(loaded, workshop)
-    jobs.write_run_report(loaded, workshop, results, f"python benchmarks/over_seeds.py {recipe} --seeds {seed}")
-    return results_rows(results, jobs.reported_partition(loaded, workshop).intervals)
+        runs.foster_arm(loaded, arm, workshop)
+        if runs.has_second_stage(loaded, arm):
+            runs.assemble_arm(loaded, arm, workshop)
+    results = runs.evaluate(loaded, workshop)
+    runs.write_run_report(loaded, workshop, results, f"python benchmarks/over_seeds.py {recipe} --seeds {seed}")
+    return results_rows(results, runs.reported_partition(loaded, workshop).intervals)
 
 
 def aggregate(per_seed: dict[int, list[dict[str, str | float | int | None]]]) -> Table:

@@ -18,8 +18,8 @@ from test_cli import TARGETS, call, write_pictures
 from timestep_experts.config import load_recipe
 from timestep_experts.formats import load_bundle
 from timestep_experts.inference import sample
-from timestep_experts.jobs import make_plan
 from timestep_experts.jobs.draw import DrawSettings, draw
+from timestep_experts.jobs.plan import make_plan
 
 # of numpy, met in the schedulers of diffusers
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

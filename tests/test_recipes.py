@@ -12,7 +12,7 @@ from tiny import PIPELINES
 from tiny_video import tiny_video_crafter, tiny_wan
 
 from timestep_experts.config import load_recipe
-from timestep_experts.jobs import make_decouple_plan, make_plan
+from timestep_experts.jobs.plan import make_decouple_plan, make_plan
 from timestep_experts.models.video_crafter import fold_fps
 
 FOLDER = Path(__file__).parents[1] / "recipes"

@@ -16,8 +16,7 @@ from torch.nn import functional
 
 from timestep_experts.config import load_recipe
 from timestep_experts.intervals import Partition
-from timestep_experts.jobs import make_plan, planned_device
-from timestep_experts.jobs.plan import Memory
+from timestep_experts.jobs.plan import Memory, make_plan, planned_device
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale
 from timestep_experts.models import load_family, read_outline
 from timestep_experts.models.video_crafter import fold_fps

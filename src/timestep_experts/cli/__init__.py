@@ -78,11 +78,11 @@ def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False
     if dry_run:
         _print_plan(loaded)
         return
-    from timestep_experts import jobs
+    from timestep_experts.jobs import runs
 
-    jobs.make_plan(loaded)  # what does not fit fails here, before anything is written
+    runs.make_plan(loaded)  # what does not fit fails here, before anything is written
     workshop = _workshop(loaded)
-    jobs.prepare_output(loaded)
+    runs.prepare_output(loaded)
     for arm in loaded.arm_names:
         _train_arm(loaded, arm, workshop)
     _evaluate(loaded, workshop)
@@ -92,9 +92,9 @@ def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False
 def foster(recipe: RecipePath, overrides: Overrides = None, arm: Arm = None, dry_run: DryRun = False) -> None:
     """Stage 1: train the experts of every interval; writes a bundle to switch with."""
     quiet_libraries()
-    from timestep_experts import jobs
+    from timestep_experts.jobs import runs
 
-    _stage(recipe, overrides, arm, dry_run, jobs.foster_arm)
+    _stage(recipe, overrides, arm, dry_run, runs.foster_arm)
 
 
 @app.command()
@@ -109,12 +109,12 @@ def distill(
 ) -> None:
     """In place of stage 1: train a few-step generator, one expert after the other; writes a bundle to switch with."""
     quiet_libraries()
-    from timestep_experts import jobs
+    from timestep_experts.jobs import runs
 
     def distill_if_asked(loaded: Any, name: str, workshop: Any) -> None:
-        if arm is None and not jobs.is_distilled(loaded, name):
+        if arm is None and not runs.is_distilled(loaded, name):
             return
-        if not jobs.distill_arm(loaded, name, workshop, expert or ()):
+        if not runs.distill_arm(loaded, name, workshop, expert or ()):
             console.print(f"{name}: some experts are still to be distilled")
 
     _stage(recipe, overrides, arm, dry_run, distill_if_asked)
@@ -124,10 +124,10 @@ def distill(
 def assemble(recipe: RecipePath, overrides: Overrides = None, arm: Arm = None, dry_run: DryRun = False) -> None:
     """Stage 2: train the routers of fostered experts; writes a bundle to route with."""
     quiet_libraries()
-    from timestep_experts import jobs
+    from timestep_experts.jobs import runs
 
     def assemble_if_any(loaded: Any, name: str, workshop: Any) -> None:
-        if arm is not None or jobs.has_second_stage(loaded, name):
+        if arm is not None or runs.has_second_stage(loaded, name):
             _assemble_arm(loaded, name, workshop)
 
     _stage(recipe, overrides, arm, dry_run, assemble_if_any)
@@ -146,16 +146,16 @@ def decouple(
     """Train a full copy of the denoiser for every range of timesteps; writes folders for **merge** and **sample**."""
     loaded = _load(recipe, overrides)
     quiet_libraries()
-    from timestep_experts import jobs
+    from timestep_experts.jobs import runs
 
-    plans = jobs.make_decouple_plan(loaded, range_, with_memory=dry_run)  # what does not fit fails here
+    plans = runs.make_decouple_plan(loaded, range_, with_memory=dry_run)  # what does not fit fails here
     if dry_run:
-        _print_stages(plans, jobs.planned_device(loaded))
+        _print_stages(plans, runs.planned_device(loaded))
         return
     workshop = _workshop(loaded)
-    jobs.prepare_output(loaded)
+    runs.prepare_output(loaded)
     for index in range(len(plans)) if range_ is None else range_:
-        folder, kept = jobs.decouple_range(loaded, index, workshop)
+        folder, kept = runs.decouple_range(loaded, index, workshop)
         console.print(f"range {index}: {escaped(folder)}", soft_wrap=True)
         if kept:
             console.print(f"  projections beside the weights, not in them: {', '.join(kept)}", soft_wrap=True)
@@ -295,10 +295,10 @@ def _stage(
     if dry_run:
         _print_plan(recipe, arm)
         return
-    from timestep_experts import jobs
+    from timestep_experts.jobs import runs
 
-    jobs.make_plan(recipe)  # what does not fit fails here, before anything is written
-    jobs.prepare_output(recipe)
+    runs.make_plan(recipe)  # what does not fit fails here, before anything is written
+    runs.prepare_output(recipe)
     workshop = _workshop(recipe)
     for name in [arm] if arm is not None else recipe.arm_names:
         job(recipe, name, workshop)
@@ -307,38 +307,38 @@ def _stage(
 
 
 def _train_arm(recipe: Any, arm: str, workshop: Any) -> None:
-    from timestep_experts import jobs
+    from timestep_experts.jobs import runs
 
     console.rule(f"[bold]{arm}", align="left")
-    if jobs.is_distilled(recipe, arm):
-        jobs.distill_arm(recipe, arm, workshop)
+    if runs.is_distilled(recipe, arm):
+        runs.distill_arm(recipe, arm, workshop)
     else:
-        jobs.foster_arm(recipe, arm, workshop)
-    if jobs.has_second_stage(recipe, arm):
+        runs.foster_arm(recipe, arm, workshop)
+    if runs.has_second_stage(recipe, arm):
         _assemble_arm(recipe, arm, workshop)
 
 
 def _assemble_arm(recipe: Any, arm: str, workshop: Any) -> None:
-    from timestep_experts import jobs
+    from timestep_experts.jobs import runs
 
-    job = jobs.distill_router_arm if jobs.is_distilled(recipe, arm) else jobs.assemble_arm
+    job = runs.distill_router_arm if runs.is_distilled(recipe, arm) else runs.assemble_arm
     job(recipe, arm, workshop)
 
 
 def _evaluate(recipe: Any, workshop: Any) -> None:
-    from timestep_experts import jobs
+    from timestep_experts.jobs import runs
     from timestep_experts.report import interval_table, results_table
 
-    results = jobs.evaluate(recipe, workshop)
-    report = jobs.write_run_report(recipe, workshop, results, shlex.join(["timestep-experts", *sys.argv[1:]]))
-    intervals = jobs.reported_partition(recipe, workshop).intervals
+    results = runs.evaluate(recipe, workshop)
+    report = runs.write_run_report(recipe, workshop, results, shlex.join(["timestep-experts", *sys.argv[1:]]))
+    intervals = runs.reported_partition(recipe, workshop).intervals
     console.print(interval_table(results, intervals))
     console.print(results_table(results, intervals))
     console.print(f"report: [bold]{escaped(report)}", soft_wrap=True)
 
 
 def _print_plan(recipe: Any, arm: str | None = None) -> None:
-    from timestep_experts.jobs import make_plan, planned_device
+    from timestep_experts.jobs.plan import make_plan, planned_device
 
     _print_stages(make_plan(recipe, arm, with_memory=True), planned_device(recipe))
 
