@@ -256,11 +256,11 @@ def unsafe_serialisation(root: Path) -> list[str]:
     return problems
 
 
-def measure_import(folder: Path, *, after: str = "torch") -> tuple[float, list[str]]:
-    """Seconds it takes to import the package from ``folder`` once ``after`` is loaded, and the heavy modules loaded."""
+def measure_import(folder: Path, *, after: str = "torch", module: str = PACKAGE) -> tuple[float, list[str]]:
+    """Seconds it takes to import a module from ``folder`` once ``after`` is loaded, and the heavy modules loaded."""
     code = (
         f"import sys, time; sys.path.insert(0, {str(folder)!r}); import {after}; start = time.perf_counter();"
-        f" import {PACKAGE}; print(time.perf_counter() - start, *set({HEAVY!r}).intersection(sys.modules))"
+        f" import {module}; print(time.perf_counter() - start, *set({HEAVY!r}).intersection(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     seconds, *heavy = result.stdout.split()
@@ -356,6 +356,11 @@ def test_import_is_fast(import_cost: tuple[float, list[str]]) -> None:
 def test_import_loads_no_heavy_library(import_cost: tuple[float, list[str]]) -> None:
     _, heavy = import_cost
     assert heavy == [], f"import {PACKAGE} loads {', '.join(heavy)}: import them where they are used"
+
+
+def test_merging_loads_no_heavy_library() -> None:
+    _, heavy = measure_import(SOURCE.parent, module=f"{PACKAGE}.cli, {PACKAGE}.jobs.merge")
+    assert heavy == [], f"merge would wait for {', '.join(heavy)}, which it does not need"
 
 
 def test_measure_import_sees_time_and_heavy_libraries(tmp_path: Path) -> None:

@@ -23,12 +23,11 @@ from timestep_experts.evaluation.merges import MergeBench
 from timestep_experts.intervals import Partition
 from timestep_experts.jobs import search as search_module
 from timestep_experts.jobs.inputs import BASE_KEY
-from timestep_experts.jobs.merge import merge
+from timestep_experts.jobs.merge import merge, read_search
 from timestep_experts.jobs.search import (
     SearchInputs,
     named_points,
     read_groups,
-    read_search,
     search_experts,
     search_weights,
 )

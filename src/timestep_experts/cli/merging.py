@@ -58,10 +58,8 @@ def merge(
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; default: the base's.")] = None,
 ) -> None:
     """Merge fine-tuned copies of a base model into one ordinary model."""
-    quiet_libraries()
-    from timestep_experts.jobs.merge import make_settings
+    from timestep_experts.jobs.merge import make_settings, read_search
     from timestep_experts.jobs.merge import merge as merge_job
-    from timestep_experts.jobs.search import read_search
 
     if (weights is None) == (weights_from is None):
         raise ValueError("give either --weights or --weights-from")

@@ -16,8 +16,7 @@ from tqdm import tqdm
 from timestep_experts import __version__
 from timestep_experts.formats.atomic import atomic_path, write_json
 from timestep_experts.formats.checkpoints import Checkpoint, TensorInfo, write_streamed
-from timestep_experts.formats.experts import BASE_KEY as BASE_KEY
-from timestep_experts.formats.experts import PROJECTIONS, write_projections
+from timestep_experts.formats.experts import BASE_KEY, PROJECTIONS, write_projections
 from timestep_experts.formats.model_folders import copy_around, find_weights, write_index
 from timestep_experts.jobs.factors import Factors, read_factors
 from timestep_experts.jobs.inputs import MergeInput, check_descent, finite_tensor, hash_inputs, is_finite, some
@@ -25,6 +24,9 @@ from timestep_experts.merging import METHODS, MergeSettings, merge_tensor
 
 MERGE_KEY = "timestep_experts_merge"
 """Metadata of merged weights: the record of the merge, as JSON."""
+
+SEARCH_FORMAT = "timestep-experts/search"
+"""Of the files that `read_search` reads."""
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _RECORD = "merge.json"
@@ -122,6 +124,23 @@ def make_settings(
         raise ValueError(f"unknown merge method {method!r}: allowed are {', '.join(METHODS)}")
     blocks = {} if block_weights is None else read_block_weights(block_weights)
     return MergeSettings(tuple(weights), known, density, blocks, seed)
+
+
+def read_search(path: Path) -> tuple[MergeSettings, tuple[str, ...]]:
+    """The merge that a search found, and the SHA-256 of the experts that it is for, in their order.
+
+    Raises:
+        ValueError: the file is unreadable, or no search of full-weight experts.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["format"] != SEARCH_FORMAT:
+            raise ValueError(f"its format is {document['format']!r}, not {SEARCH_FORMAT!r}")
+        blocks = {pattern: tuple(map(float, weights)) for pattern, weights in document["block_weights"].items()}
+        hashes = tuple(str(expert["sha256"]) for expert in document["experts"])
+        return MergeSettings(tuple(map(float, document["weights"])), block_weights=blocks), hashes
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no result of a search for merge weights: {error!r}") from error
 
 
 def read_block_weights(path: Path) -> dict[str, tuple[float, ...]]:

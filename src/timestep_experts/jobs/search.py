@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,13 +23,13 @@ from timestep_experts.formats.experts import read_projections
 from timestep_experts.formats.model_folders import find_weights
 from timestep_experts.intervals import Interval, Partition
 from timestep_experts.jobs.inputs import MergeInput, check_descent, finite_tensor, hash_inputs
+from timestep_experts.jobs.merge import SEARCH_FORMAT
 from timestep_experts.jobs.search_methods import SearchSettings, run_method
 from timestep_experts.merging import Evaluated, Ledger, LiveMerge, MergeSettings, WeightGroups, Weights
 from timestep_experts.merging.live import check_shapes
 from timestep_experts.models import Family
 from timestep_experts.report.search_figures import loss_landscape, range_losses
 
-FORMAT = "timestep-experts/search"
 _DEFAULT_RANGES = 4
 
 
@@ -173,7 +172,7 @@ def write_search(
 ) -> None:
     """Write a search as JSON, with figures of the landscape and of the ranges beside it."""
     document = {
-        "format": FORMAT,
+        "format": SEARCH_FORMAT,
         "format_version": 1,
         **record,
         "objective": search.settings.objective,
@@ -211,23 +210,6 @@ def write_search(
         for path in figure_paths(output):
             path.unlink(missing_ok=True)
         raise
-
-
-def read_search(path: Path) -> tuple[MergeSettings, tuple[str, ...]]:
-    """The merge that a search found, and the SHA-256 of the experts that it is for, in their order.
-
-    Raises:
-        ValueError: the file is unreadable, or no search of full-weight experts.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if document["format"] != FORMAT:
-            raise ValueError(f"its format is {document['format']!r}, not {FORMAT!r}")
-        blocks = {pattern: tuple(map(float, weights)) for pattern, weights in document["block_weights"].items()}
-        hashes = tuple(str(expert["sha256"]) for expert in document["experts"])
-        return MergeSettings(tuple(map(float, document["weights"])), block_weights=blocks), hashes
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no result of a search for merge weights: {error!r}") from error
 
 
 def read_groups(path: Path) -> dict[str, str]:
