@@ -3,7 +3,8 @@
 The archive is one ``.npz``: for each split (``train``, ``test``) ``<split>_jpeg``, all JPEG files end to end (uint8),
 ``<split>_offsets``, where each begins (N + 1 numbers), and ``<split>_labels``; and ``class_names``.
 
-The test split is cut in two: ``choose`` is for whatever is selected by a held-out loss, ``report`` for what is reported.
+The test split is cut in two: ``choose`` is for whatever is selected by a held-out loss, ``report`` for what is
+reported.
 
 Run: python scripts/export_cifar10.py --archive cifar10_jpeg.npz --output work/cifar10/pictures
 """
