@@ -2,8 +2,8 @@
 
 Run: python benchmarks/deme.py recipes/cifar10.yaml --seeds 0 1 --output benchmarks/results/cifar10.json
 
-Every piece is kept in the recipe's ``output_dir``; the same command goes on where it was stopped, and repeats nothing that
-is finished. Merge weights are chosen on the recipe's ``data.validation_path``. All that is reported is measured on
+Every piece is kept in the recipe's ``output_dir``; the same command goes on where it was stopped, and repeats nothing
+that is finished. Merge weights are chosen on the recipe's ``data.validation_path``. All that is reported is measured on
 ``--report``, which shares no picture with it: the loss in every range of t with common random numbers, and the Frechet
 distance of drawn pictures in the features of ``--features`` (`picture_features`), all rows from the same noise.
 

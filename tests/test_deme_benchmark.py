@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import DDPMPipeline
 from PIL import Image
+from safetensors.torch import load_file
 from tiny import PIPELINES
 
 from timestep_experts.config import Recipe, load_recipe
@@ -25,8 +27,9 @@ from timestep_experts.data import open_dataset
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 ROOT = Path(__file__).parents[1]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 SIDE = 16
-STEPS = (3, 2)
+STEPS = (6, 4)
 BATCH = 4
 
 
@@ -35,7 +38,7 @@ def scripts() -> Iterator[SimpleNamespace]:
     with pytest.MonkeyPatch.context() as patch:
         for folder in ("benchmarks", "scripts"):
             patch.syspath_prepend(str(ROOT / folder))
-        names = ("deme", "deme_arms", "picture_features", "export_cifar10")
+        names = ("deme", "deme_arms", "picture_features", "export_cifar10", "pretrain_base", "tiny_bases")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
         for name in names:
             sys.modules.pop(name)
@@ -121,7 +124,8 @@ def test_every_row_is_measured(rows: list[dict[str, object]], scripts: SimpleNam
         assert row["loss"] == pytest.approx(sum(row["ranges"]) / 2, rel=1e-6)  # ranges of one width
     assert len({row["loss"] for row in rows}) == len(rows)
     for name in ("ranges.png", "sheet.png"):
-        assert Image.open(home / "run" / name).width > 100
+        with Image.open(home / "run" / name) as picture:
+            assert picture.width > 100
 
 
 def test_training_adds_up(rows: list[dict[str, object]]) -> None:
@@ -221,3 +225,16 @@ def test_a_ruler_reads_back_what_it_was(scripts: SimpleNamespace, home: Path, tm
     assert (features - alone).abs().max() < 1e-5
     with pytest.raises(ValueError, match="is no picture classifier"):
         scripts.picture_features.load_classifier(tmp_path / "none.safetensors")
+
+
+def test_a_base_of_pixels_goes_on_where_it_stopped(scripts: SimpleNamespace, home: Path, tmp_path: Path) -> None:
+    options = ("--architecture", "ddpm", "--pictures", home / "pictures" / "train", "--weighting", "none", "--flip")
+    size = ("--resolution", 8, "--widths", 32, 32, 32, "--batch-size", 4, "--steps", 4, "--checkpointing-steps", 3)
+    for name in ("straight", "resumed"):  # the second begins at the checkpoint of step 3
+        call(scripts.pretrain_base, *options, *size, "--work", tmp_path / "work", "--output", tmp_path / name)
+    weights = [load_file(tmp_path / name / "unet" / WEIGHTS) for name in ("straight", "resumed")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert {tensor.dtype for tensor in weights[0].values()} == {torch.float32}
+    pipeline = DDPMPipeline.from_pretrained(tmp_path / "straight")
+    assert (pipeline.scheduler.config.beta_schedule, pipeline.scheduler.config.prediction_type) == ("linear", "epsilon")
+    assert pipeline.unet.config.down_block_types == ["DownBlock2D", "DownBlock2D", "AttnDownBlock2D"]
