@@ -155,11 +155,11 @@ def compare(settings: Settings, seeds: Sequence[int], workers: int) -> dict[int,
     longest_first = sorted(trained, key=lambda copy: -(3 * copy.samples + copy.base_samples))
     run_all(train_copy, [(document, copy) for copy in longest_first], workers)
     base, *others = ROWS
-    places = [(seed, row) for seed in seeds for row in others]
-    jobs = [RowJob(settings, seed, row) for seed, row in [(seeds[0], base), *places]]
-    of_base, *measured = run_all(measure, jobs, workers)
-    found = list(zip(places, measured, strict=True))
-    return {seed: [of_base, *(row for (owner, _), row in found if owner == seed)] for seed in seeds}
+    places = [(seed, row) for seed in seeds for row in others] + [(seeds[0], base)]
+    places.sort(key=lambda place: place[1].how != "searched")  # which take longest
+    measured = run_all(measure, [RowJob(settings, seed, row) for seed, row in places], workers)
+    found = dict(zip(places, measured, strict=True))
+    return {seed: [found[seeds[0], base], *(found[seed, row] for row in others)] for seed in seeds}
 
 
 def run_all(function: Callable[[Job], Outcome], jobs: Sequence[Job], workers: int) -> list[Outcome]:
@@ -251,6 +251,7 @@ def _identity(settings: Settings, source: str, served: Iterable[Path]) -> dict[s
     return {
         "weights": [_weights_sha256(find_weights(Path(source)))] + [_weights_sha256(folder) for folder in served],
         "evaluation": recipe.evaluation.model_dump(mode="json"),
+        "precision": recipe.training.mixed_precision,
         "report": str(settings.report),
         "max_validation_samples": recipe.data.max_validation_samples,
         "num_pictures": settings.num_pictures,
@@ -268,7 +269,8 @@ def _merged(job: RowJob, folders: Sequence[Path]) -> tuple[str, ResultRow]:
     home = recipe.output_dir / f"seed-{job.seed}"
     chosen, hashes, evaluations = MergeSettings((1 / len(folders),) * len(folders)), None, 0
     if job.row.how == "searched":
-        found = home / "searches" / f"{job.row.slug}.json"
+        settings = job.settings
+        found = home / "searches" / f"{job.row.slug}-{settings.objective}-{settings.search_pictures}.json"
         if not found.is_file():
             _search(job, folders, found)
         chosen, hashes = read_search(found)
@@ -316,9 +318,10 @@ def _measure_model(recipe: Recipe, settings: Settings, served: Sequence[Path]) -
 
 
 def draw(family: Family, recipe: Recipe, count: int) -> NDArray[np.uint8]:
-    """Pictures of a pipeline without text: picture i of every row begins at the same noise."""
+    """Pictures of a pipeline without text, in the precision of training; picture i of all rows begins at one noise."""
     settings = build_sample_settings(recipe, build_media_settings(recipe, None, flip=False))
-    return sample(family.pipeline(), [""] * count, settings)
+    with torch.autocast(family.device.type, torch.bfloat16, enabled=recipe.training.mixed_precision == "bf16"):
+        return sample(family.pipeline(), [""] * count, settings)
 
 
 @cache

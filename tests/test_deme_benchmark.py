@@ -152,7 +152,7 @@ def test_the_ensemble_has_each_experts_own_loss(rows: list[dict[str, object]], h
     """What is merged differs from it, and what a whole finetune says in a range is no expert's."""
     by_label = {row["label"]: row for row in rows}
     assert by_label["experts, ensemble"]["ranges"] != by_label["experts, uniform"]["ranges"]
-    searched = json.loads((home / "run/seed-0/searches/experts-searched.json").read_text())
+    searched = json.loads((home / "run/seed-0/searches/experts-searched-mean-2.json").read_text())
     assert searched["ranges"] == [[0.0, 500.0], [500.0, 1000.0]]
 
 
@@ -161,7 +161,7 @@ def test_going_on_gives_the_same_rows(
 ) -> None:
     run = home / "run" / "seed-0"
     (run / "rows" / "p2.json").unlink()
-    (run / "searches" / "finetunes-searched.json").unlink()
+    (run / "searches" / "finetunes-searched-mean-2.json").unlink()
     (run / "experts" / "decoupled" / "range-1" / "result.safetensors").unlink()
     measured, real = [], scripts.deme._measure_model
 
