@@ -10,10 +10,10 @@ The same world for a DiT (PixArt) or an MM-DiT (Stable Diffusion 3), on the ship
     python scripts/pretrain_base.py --architecture dit --pictures scenes/flat \
         --autoencoder src/timestep_experts/world/assets/base/vae --work work/dit --output work/dit/base
 
-Pixels without text, for ``recipes/cifar10.yaml`` (about 50 minutes on two cores):
+Pixels without text, for ``recipes/cifar10.yaml`` (about 40 minutes on two cores):
 
     python scripts/pretrain_base.py --architecture ddpm --pictures work/cifar10/pictures/train --resolution 32 --flip \
-        --weighting none --steps 4500 --work work/cifar10/base-training --output work/cifar10/base
+        --weighting none --steps 3600 --work work/cifar10/base-training --output work/cifar10/base
 
 ``--pictures`` also takes a folder with a ``metadata.jsonl`` (``file_name``, ``text``); ``--architecture video`` wants a
 folder of captioned clips, and ``--architecture ddpm`` has neither autoencoder nor text. The autoencoder sees broad data
