@@ -4,10 +4,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart test test-slow lint types format clean assets
+.PHONY: help .venv quickstart cifar10 test test-slow lint types format clean assets
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z.-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
 
 .venv: $(INSTALLED)  ## Create the virtual environment (PYTHON chooses the interpreter, VENV the folder)
 
@@ -18,6 +18,24 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 quickstart: $(INSTALLED)  ## Train and compare timestep experts on the embedded world
 	$(BIN)/timestep-experts run recipes/quickstart.yaml
+
+WORK := work/cifar10
+SEEDS ?= 0 1
+BASE_STEPS ?= 3600
+
+cifar10: $(WORK)/base/model_index.json $(WORK)/features.safetensors  ## Compare decoupled experts with finetunes on an archive (CIFAR10=file.npz; about two hours)
+	$(BIN)/python benchmarks/deme.py recipes/cifar10.yaml --seeds $(SEEDS) --output benchmarks/results/cifar10.json
+
+$(WORK)/pictures/report/metadata.jsonl: | $(INSTALLED)
+	$(BIN)/python scripts/export_cifar10.py --archive $(CIFAR10) --output $(WORK)/pictures
+
+$(WORK)/base/model_index.json: | $(WORK)/pictures/report/metadata.jsonl
+	$(BIN)/python scripts/pretrain_base.py --architecture ddpm --pictures $(WORK)/pictures/train --resolution 32 --flip \
+		--weighting none --steps $(BASE_STEPS) --checkpointing-steps 250 --work $(WORK)/base-training --output $(WORK)/base
+
+$(WORK)/features.safetensors: | $(WORK)/pictures/report/metadata.jsonl
+	$(BIN)/python benchmarks/picture_features.py --pictures $(WORK)/pictures/train \
+		--held-out $(WORK)/pictures/choose --output $@
 
 test: lint types  ## Run all checks, then the fast tests
 	$(BIN)/pytest

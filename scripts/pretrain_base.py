@@ -10,15 +10,22 @@ The same world for a DiT (PixArt) or an MM-DiT (Stable Diffusion 3), on the ship
     python scripts/pretrain_base.py --architecture dit --pictures scenes/flat \
         --autoencoder src/timestep_experts/world/assets/base/vae --work work/dit --output work/dit/base
 
+Pixels without text, for ``recipes/cifar10.yaml`` (about 40 minutes on two cores):
+
+    python scripts/pretrain_base.py --architecture ddpm --pictures work/cifar10/pictures/train --resolution 32 --flip \
+        --weighting none --steps 3600 --work work/cifar10/base-training --output work/cifar10/base
+
 ``--pictures`` also takes a folder with a ``metadata.jsonl`` (``file_name``, ``text``); ``--architecture video`` wants a
-folder of captioned clips. The autoencoder sees broad data (an adapter cannot repair a decoder); text encoders and
-denoiser see ``--pictures`` alone. The same command continues a killed run from the last checkpoint in ``--work``.
+folder of captioned clips, and ``--architecture ddpm`` has neither autoencoder nor text. The autoencoder sees broad data
+(an adapter cannot repair a decoder); text encoders and denoiser see ``--pictures`` alone. The same command continues a
+killed run from the last checkpoint in ``--work``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +43,7 @@ from timestep_experts.intervals import Interval, draw_timesteps
 from timestep_experts.models import FAMILIES, DiscreteNoise, Family
 from timestep_experts.world.render import DOMAINS, render
 from timestep_experts.world.scenes import draw_scenes
-from tiny_bases import ARCHITECTURES, LATENT_CHANNELS
+from tiny_bases import ARCHITECTURES, LATENT_CHANNELS, PIXELS, ddpm
 
 SNR_GAMMA = 5.0
 CAPTION_DROPOUT = 0.1
@@ -46,23 +53,28 @@ def main() -> None:
     """Autoencoder, then latents, then text encoders and denoiser together; the folder is an ordinary pipeline."""
     options = _parse()
     options.work.mkdir(parents=True, exist_ok=True)
-    autoencoder = load_autoencoder(options) if options.autoencoder else train_autoencoder(options)
+    autoencoder = make_autoencoder(options)
     pictures, captions = load_pictures(options.pictures, options)
     if options.flip:
         pictures, captions = np.concatenate([pictures, pictures[..., ::-1, :]]), captions * 2
     torch.manual_seed(options.seed)
-    pipeline = ARCHITECTURES[options.architecture](autoencoder, captions, options.max_tokens, options.dropout)
+    if autoencoder is None:
+        pipeline = ddpm(options.resolution, options.widths, options.layers_per_block, options.dropout)
+    else:
+        pipeline = ARCHITECTURES[options.architecture](autoencoder, captions, options.max_tokens, options.dropout)
+    pipeline.to(options.device)
     family = FAMILIES[type(pipeline).__name__](pipeline)
     if options.max_sequence_length:
         family.set_max_sequence_length(options.max_sequence_length)
-    latents = encode(family, pictures, options.work / "latents.safetensors")
+    is_encoded = autoencoder is not None
+    latents = encode(family, pictures, options.work / "latents.safetensors") if is_encoded else torch.tensor(pictures)
     train_denoiser(family, latents, captions, options)
-    pipeline.to(torch.float16).save_pretrained(options.output)
+    pipeline.to("cpu", torch.float16 if is_encoded else torch.float32).save_pretrained(options.output)
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architecture", choices=ARCHITECTURES, default="unet")
+    parser.add_argument("--architecture", choices=(*ARCHITECTURES, PIXELS), default="unet")
     parser.add_argument("--pictures", required=True, help="scenes/flat, scenes/neon or a folder")
     parser.add_argument("--autoencoder-pictures", nargs="+", help="the same, several; unless --autoencoder is given")
     parser.add_argument("--autoencoder", type=Path, help="a trained one, instead of training one")
@@ -81,10 +93,17 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=1e-2)
     parser.add_argument("--dropout", type=float, default=0.0, help="in the denoiser; for small picture sets")
+    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 128, 128], help="of a ddpm's levels")
+    parser.add_argument("--layers-per-block", type=int, default=1, help="of a ddpm")
+    parser.add_argument("--weighting", choices=("min_snr", "none"), default="min_snr", help="where noise is predicted")
+    parser.add_argument("--device", default="cpu", help="of the denoiser's training")
     parser.add_argument("--flip", action="store_true", help="mirror half of the pictures; wrong where sides matter")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    if (options.autoencoder is None) == (options.autoencoder_pictures is None):
+    given = (options.autoencoder is not None) + (options.autoencoder_pictures is not None)
+    if options.architecture == PIXELS and given:
+        parser.error("a ddpm has no autoencoder; leave --autoencoder and --autoencoder-pictures out")
+    if options.architecture != PIXELS and given != 1:
         parser.error("give either --autoencoder-pictures or --autoencoder")
     return options
 
@@ -108,9 +127,13 @@ def load_pictures(
     return np.stack(resized), [row["text"] for row in rows]
 
 
-def load_autoencoder(options: argparse.Namespace) -> AutoencoderKL:
-    """A trained one, in fp32."""
-    return AutoencoderKL.from_pretrained(options.autoencoder, torch_dtype=torch.float32)
+def make_autoencoder(options: argparse.Namespace) -> AutoencoderKL | None:
+    """A trained one in fp32, or one that is trained now; ``None`` for a denoiser of pixels."""
+    if options.architecture == PIXELS:
+        return None
+    if options.autoencoder:
+        return AutoencoderKL.from_pretrained(options.autoencoder, torch_dtype=torch.float32)
+    return train_autoencoder(options)
 
 
 def train_autoencoder(options: argparse.Namespace) -> AutoencoderKL:
@@ -171,6 +194,8 @@ def encode(family: Family, pictures: np.ndarray, cache: Path) -> Tensor:
 def train_denoiser(family: Family, latents: Tensor, captions: list[str], options: argparse.Namespace) -> None:
     """The family's own loss; ends with the averaged weights in its denoiser and text encoders.
 
+    Latents ``(N, C, ...)`` fp32, or pictures ``(N, H, W, 3)`` uint8 that are made a signal batch by batch.
+
     Step s draws from a generator seeded by (seed, s), so a resumed run ends with the same bytes.
     """
     model = nn.ModuleDict({**family.text_encoders, **family.denoisers}).requires_grad_().train()
@@ -182,11 +207,11 @@ def train_denoiser(family: Family, latents: Tensor, captions: list[str], options
     start = restore(checkpoint, parameters, optimiser, average) if checkpoint.exists() else 0
     schedule = get_cosine_schedule_with_warmup(optimiser, 200, options.steps, last_epoch=start - 1)
     bar = tqdm(range(start, options.steps), desc="denoiser", initial=start, total=options.steps)
-    running = None
+    running, began = None, time.perf_counter()
     for step in bar:
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + step)
         torch.manual_seed(options.seed * 1_000_003 + step)  # dropout
-        loss = denoising_loss(family, latents, tokens, options.batch_size, generator)
+        loss = denoising_loss(family, latents, tokens, options, generator)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
@@ -197,25 +222,28 @@ def train_denoiser(family: Family, latents: Tensor, captions: list[str], options
         bar.set_postfix(loss=f"{running:.4f}")
         if (step + 1) % options.checkpointing_steps == 0:
             save(checkpoint, parameters, optimiser, average, step + 1)
-            print(json.dumps({"step": step + 1, "loss": running}), flush=True)
+            rate = round((step + 1 - start) / (time.perf_counter() - began), 3)
+            print(json.dumps({"step": step + 1, "loss": running, "steps_per_second": rate}), flush=True)
     average.copy_to(parameters)
 
 
 def denoising_loss(
-    family: Family, latents: Tensor, tokens: dict[str, Tensor], batch_size: int, generator: torch.Generator
+    family: Family, latents: Tensor, tokens: dict[str, Tensor], options: argparse.Namespace, generator: torch.Generator
 ) -> Tensor:
-    """One batch with caption dropout: the squared error, by Min-SNR weights where the family predicts noise."""
+    """One batch with caption dropout: the squared error, weighted where the family predicts noise."""
+    batch_size, device = options.batch_size, family.device
     rows = torch.randint(len(latents), (batch_size,), generator=generator)
-    clean = latents[rows]
+    clean = to_signal(latents[rows]) if latents.dtype == torch.uint8 else latents[rows]
     dropped = torch.rand(batch_size, generator=generator) < CAPTION_DROPOUT
     noise = torch.randn(clean.shape, generator=generator)
     t = draw_t(family, batch_size, generator)
     captions = torch.where(dropped, -1, rows)
-    with torch.autocast("cpu", torch.bfloat16):
-        text = family.encode_text({name: ids[captions] for name, ids in tokens.items()})
+    clean, noise, t = (values.to(device) for values in (clean, noise, t))
+    with torch.autocast(device.type, torch.bfloat16):
+        text = family.encode_text({name: ids[captions].to(device) for name, ids in tokens.items()})
         predicted = family.predict(family.noise.add_noise(clean, noise, t), t, text).float()
     error = (predicted - family.noise.target(clean, noise, t)).square().flatten(1).mean(1)
-    return (weights(family, t) * error).mean()
+    return error.mean() if options.weighting == "none" else (weights(family, t) * error).mean()
 
 
 def draw_t(family: Family, count: int, generator: torch.Generator) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
@@ -16,6 +18,7 @@ from diffusers import (
     StableDiffusionPipeline,
     TextToVideoSDPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
     UNet3DConditionModel,
 )
 from transformers import (
@@ -30,6 +33,9 @@ from transformers import (
 
 LATENT_CHANNELS = 8
 TEXT_WIDTH = 128
+PIXELS = "ddpm"
+"""The architecture that works on pixels, without autoencoder and text."""
+_PIXEL_ATTENTION_LEVEL = 2  # 8 x 8 of 32 pixels
 
 
 def unet(autoencoder: AutoencoderKL, captions: Sequence[str], max_tokens: int, dropout: float) -> Any:
@@ -59,6 +65,23 @@ def unet(autoencoder: AutoencoderKL, captions: Sequence[str], max_tokens: int, d
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def ddpm(resolution: int, widths: Sequence[int], layers_per_block: int, dropout: float) -> DDPMPipeline:
+    """An unconditional UNet on pixels with attention at a quarter of the resolution, 1000 steps of linear betas."""
+    levels = range(len(widths))
+    down = tuple("AttnDownBlock2D" if level == _PIXEL_ATTENTION_LEVEL else "DownBlock2D" for level in levels)
+    denoiser = UNet2DModel(
+        sample_size=resolution,
+        block_out_channels=tuple(widths),
+        layers_per_block=layers_per_block,
+        down_block_types=down,
+        up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
+        norm_num_groups=16,
+        attention_head_dim=32,
+        dropout=dropout,
+    )
+    return DDPMPipeline(unet=denoiser, scheduler=DDPMScheduler(beta_schedule="linear"))
 
 
 def dit(autoencoder: AutoencoderKL, captions: Sequence[str], max_tokens: int, dropout: float) -> Any:

@@ -44,7 +44,7 @@ SAMPLES = {"videocrafter2": 5000 * 32, "wan21": 4000 * 8, "wan22": 4000 * 8}
 
 def test_every_recipe_is_tested() -> None:
     assert {path.stem for path in FOLDER.glob("papers/*.yaml")} == {*BASES, *DISTILLED, *DECOUPLED}
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == {"quickstart", "emoji", "lpc", "distill"}
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {"quickstart", "emoji", "lpc", "distill", "cifar10"}
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.yaml")), ids=lambda path: path.stem)

@@ -62,7 +62,10 @@ def range_losses(rows: Sequence[MergeLosses], ranges: Sequence[Interval]) -> Fig
         for number, row in enumerate(others):
             values = [100 * (a / b - 1) for a, b in zip(_all(row), _all(base), strict=True)]
             at = np.arange(len(columns)) + (number - (len(others) - 1) / 2) * width
-            axes.bar(at, values, 0.9 * width, color=_colour(row.name, number), label=row.name)
+            bars = axes.bar(at, values, 0.9 * width, color=_colour(row.name, number), label=row.name)
+            if number >= len(PALETTE):  # whose colours begin again
+                for bar in bars:
+                    bar.set(hatch="////", edgecolor="white", linewidth=0)
         for edge in np.arange(len(columns) - 1) + 0.5:
             axes.axvline(edge, color=_MUTED, linewidth=1.2 if edge == len(columns) - 1.5 else 0.4)
         axes.set_xticks(np.arange(len(columns)), columns)

@@ -1,0 +1,170 @@
+"""What the comparison of decoupling trains, which rows come of it, and how much training each of them is.
+
+Everything begins at one base, and every row but the base has the same number of updates and samples in all:
+
+- ``experts``: one copy per range with the recipe's own settings, as an ensemble, merged uniformly or by found weights;
+- ``plain``, ``min_snr``, ``p2``: one copy for all timesteps with the updates of all experts together;
+- ``finetunes``: as many copies as experts, each with an expert's updates, but for all timesteps and with samples of its
+  own. Merged like experts, they say what averaging and searching do without any specialisation;
+- ``plain, scaled``: the plain copy's change times one found number, the least that a search can do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from timestep_experts.config import DecoupleConfig, Recipe, parse_recipe
+
+BASE = "base"
+EXPERTS, FINETUNES, PLAIN = "experts", "finetunes", "plain"
+WEIGHTINGS = {PLAIN: "none", "min_snr": "min_snr", "p2": "p2"}
+
+How = Literal["base", "copies", "uniform", "searched"]
+"""``copies``: as trained, each for its range; ``uniform`` and ``searched``: merged into one."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """One full copy to be trained.
+
+    Args:
+        recipe: of its training.
+        index: of its range in that recipe.
+    """
+
+    recipe: Recipe
+    index: int
+
+    @property
+    def settings(self) -> DecoupleConfig:
+        """Of the training."""
+        assert self.recipe.decouple is not None  # see `check`
+        return self.recipe.decouple
+
+    @property
+    def updates(self) -> int:
+        """Of the optimiser."""
+        steps = self.settings.max_train_steps
+        return steps[self.index] if isinstance(steps, tuple) else steps
+
+    @property
+    def samples(self) -> int:
+        """That it sees."""
+        return self.updates * self.settings.train_batch_size
+
+    @property
+    def base_samples(self) -> int:
+        """That the frozen base is asked about too."""
+        return self.samples if self.settings.consistency else 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the table.
+
+    Args:
+        label: for people.
+        group: of copies, see `copies`; ``base`` has none.
+        how: what is made of them.
+    """
+
+    label: str
+    group: str
+    how: How
+
+    @property
+    def slug(self) -> str:
+        """Its name in files."""
+        return self.label.replace(", ", "-").replace(" ", "-")
+
+
+ROWS = (
+    Row(BASE, BASE, "base"),
+    *(Row(name, name, "copies") for name in WEIGHTINGS),
+    Row("plain, scaled", PLAIN, "searched"),
+    Row("finetunes, uniform", FINETUNES, "uniform"),
+    Row("finetunes, searched", FINETUNES, "searched"),
+    Row("experts, ensemble", EXPERTS, "copies"),
+    Row("experts, uniform", EXPERTS, "uniform"),
+    Row("experts, searched", EXPERTS, "searched"),
+)
+
+
+def check(recipe: Recipe) -> DecoupleConfig:
+    """The recipe's section ``decouple``.
+
+    Raises:
+        ValueError: it has none, or its experts could not be compared.
+    """
+    if recipe.decouple is None:
+        raise ValueError("recipe.decouple: this recipe has no such section, so there is nothing to compare")
+    if recipe.decouple.num_ranges < 2:
+        raise ValueError("recipe.decouple.intervals: one range is the plain finetune; give at least 2")
+    if recipe.decouple.projection == "paper":
+        raise ValueError(
+            "recipe.decouple.projection: with paper, projections stay beside the weights, which a search cannot merge;"
+            " use foldable or off"
+        )
+    if recipe.data.validation_path is None:
+        raise ValueError("recipe.data.validation_path: name the folder of pictures that weights are chosen by")
+    return recipe.decouple
+
+
+def copies(recipe: Recipe, seed: int) -> dict[str, tuple[Copy, ...]]:
+    """All trainings of one seed by group. Copies meet the seed's samples, but finetunes those of their own.
+
+    Raises:
+        ValueError: see `check`.
+    """
+    config, home = check(recipe), recipe.output_dir / f"seed-{seed}"
+    steps = config.max_train_steps
+    per_range = steps if isinstance(steps, tuple) else (steps,) * config.num_ranges
+    experts = _variant(recipe, home / EXPERTS, seed, {})
+    whole = {
+        name: _variant(recipe, home / name, seed, _full_range(sum(per_range), weighting))
+        for name, weighting in WEIGHTINGS.items()
+    }
+    several = [
+        _variant(recipe, home / f"{FINETUNES}-{i}", 1000 * (seed + 1) + i, _full_range(updates, "none"))
+        for i, updates in enumerate(per_range)
+    ]
+    return {
+        EXPERTS: tuple(Copy(experts, index) for index in range(config.num_ranges)),
+        FINETUNES: tuple(Copy(one, 0) for one in several),
+        **{name: (Copy(one, 0),) for name, one in whole.items()},
+    }
+
+
+def training_of(group: tuple[Copy, ...]) -> dict[str, int | list[int]]:
+    """How much training a row rests on: updates of each copy and of all, samples, and those the base answered too."""
+    return {
+        "updates_per_expert": [copy.updates for copy in group],
+        "total_updates": sum(copy.updates for copy in group),
+        "samples": sum(copy.samples for copy in group),
+        "base_samples": sum(copy.base_samples for copy in group),
+    }
+
+
+def _full_range(updates: int, weighting: str) -> dict[str, Any]:
+    """An ordinary finetune."""
+    return {
+        "intervals": 1,
+        "boundaries": None,
+        "max_train_steps": updates,
+        "full_range_probability": 0.0,
+        "consistency": 0.0,
+        "projection": "off",
+        "weighting": weighting,
+    }
+
+
+def _variant(recipe: Recipe, folder: Path, seed: int, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with another folder, seed and section; the loss that is logged at a stage's end is a cheap one."""
+    document = recipe.model_dump(mode="json", exclude_unset=True)
+    document |= {"output_dir": str(folder), "seed": seed}
+    document["decouple"] = {**document["decouple"], **changes}
+    document["evaluation"] = {**document.get("evaluation", {}), "num_pictures": 8, "bins_per_interval": 1}
+    return parse_recipe(document, where="recipe")
