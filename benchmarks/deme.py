@@ -54,11 +54,11 @@ from timestep_experts.formats.checkpoints import Checkpoint, file_sha256, weight
 from timestep_experts.formats.model_folders import find_weights
 from timestep_experts.inference import attach_ensemble, sample
 from timestep_experts.intervals import Partition
-from timestep_experts.jobs import decouple_range, prepare_output
-from timestep_experts.jobs.decouple import build_decouple_settings, range_folder
-from timestep_experts.jobs.merge import merge
-from timestep_experts.jobs.search import SearchInputs, read_search, search_experts
+from timestep_experts.jobs.decouple import build_decouple_settings, decouple_range, range_folder
+from timestep_experts.jobs.merge import merge, read_search
+from timestep_experts.jobs.search import SearchInputs, search_experts
 from timestep_experts.jobs.search_methods import SearchObjective, SearchSettings
+from timestep_experts.jobs.train import prepare_output
 from timestep_experts.merging import MergeSettings
 from timestep_experts.models import Family
 from timestep_experts.report import save_sheet
