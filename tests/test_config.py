@@ -305,7 +305,7 @@ def test_an_unknown_arm_lists_those_there_are(tmp_path: Path) -> None:
 )
 def test_what_an_arm_may_not_be_is_refused(name: str, changes: dict[str, Any], got: str, tmp_path: Path) -> None:
     (line,) = problems(tmp_path, {"arms": {name: changes}})
-    assert f"arms.{name}: an arm may change experts, foster, distill, assemble and modes" in line
+    assert f"arms.{name}: an arm may change experts, foster, distill, assemble, decouple, merge and modes" in line
     assert got in line
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from timestep_experts.config import ClipsConfig, ExpertsConfig, OptimizerConfig, Recipe, ScaleConfig
+from timestep_experts.config import ClipsConfig, DecoupleConfig, ExpertsConfig, OptimizerConfig, Recipe, ScaleConfig
 from timestep_experts.data import (
     ClipSettings,
     EncodedPictures,
@@ -235,6 +235,23 @@ def _scale(config: ScaleConfig, num_train_timesteps: int) -> Scale:
         partition = Partition.uniform(config.num_experts, num_train_timesteps)
     alpha = config.lora_alpha or config.rank
     return Scale(config.label, partition, config.rank, alpha, gated=config.role == "context")
+
+
+def build_decoupled_partition(config: DecoupleConfig, num_train_timesteps: int) -> Partition:
+    """The ranges of full copies.
+
+    Raises:
+        ValueError: they do not end at the base's T.
+    """
+    if config.boundaries is None:
+        return Partition.uniform(config.num_ranges, num_train_timesteps)
+    partition = Partition(config.boundaries)
+    if partition.num_train_timesteps != num_train_timesteps:
+        raise ValueError(
+            f"recipe.decouple.boundaries end at {partition.num_train_timesteps:g}; this base model has"
+            f" {num_train_timesteps} timesteps"
+        )
+    return partition
 
 
 def build_targets(

@@ -72,7 +72,7 @@ def _is_raised_by_us(error: BaseException) -> bool:
 
 @app.command()
 def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Do everything: foster (or distill) and assemble all arms, measure them, print the table and write the report."""
+    """Do everything: train all arms, merge those that say so, measure them, print the table and write the report."""
     loaded = _load(recipe, overrides)
     quiet_libraries()
     if dry_run:
@@ -141,6 +141,7 @@ def decouple(
         list[int] | None,
         typer.Option("--range", help="Only this range, from 0 at low noise; may be given several times."),
     ] = None,
+    arm: Annotated[str, typer.Option(help="Of the recipe.")] = "main",
     dry_run: DryRun = False,
 ) -> None:
     """Train a full copy of the denoiser for every range of timesteps; writes folders for **merge** and **sample**."""
@@ -148,14 +149,14 @@ def decouple(
     quiet_libraries()
     from timestep_experts.jobs import runs
 
-    plans = runs.make_decouple_plan(loaded, range_, with_memory=dry_run)  # what does not fit fails here
+    plans = runs.make_decouple_plan(loaded.arm(arm), range_, with_memory=dry_run)  # what does not fit fails here
     if dry_run:
         _print_stages(plans, runs.planned_device(loaded))
         return
     workshop = _workshop(loaded)
     runs.prepare_output(loaded)
     for index in range(len(plans)) if range_ is None else range_:
-        folder, kept = runs.decouple_range(loaded, index, workshop)
+        folder, kept = runs.decouple_range(loaded, index, workshop, arm)
         console.print(f"range {index}: {escaped(folder)}", soft_wrap=True)
         if kept:
             console.print(f"  projections beside the weights, not in them: {', '.join(kept)}", soft_wrap=True)
@@ -297,10 +298,13 @@ def _stage(
         return
     from timestep_experts.jobs import runs
 
+    arms = [name for name in recipe.arm_names if recipe.arm(name).has_experts]
+    if not arms:
+        raise ValueError("recipe.experts: this recipe has none to train; the command for its full copies is decouple")
     runs.make_plan(recipe)  # what does not fit fails here, before anything is written
     runs.prepare_output(recipe)
     workshop = _workshop(recipe)
-    for name in [arm] if arm is not None else recipe.arm_names:
+    for name in arms if arm is None else [arm]:
         job(recipe, name, workshop)
         bundle = recipe.output_dir / "arms" / name / "bundle"
         console.print(f"{name}: {escaped(bundle)}", soft_wrap=True)
@@ -310,12 +314,18 @@ def _train_arm(recipe: Any, arm: str, workshop: Any) -> None:
     from timestep_experts.jobs import runs
 
     console.rule(f"[bold]{arm}", align="left")
-    if runs.is_distilled(recipe, arm):
+    own = recipe.arm(arm)
+    if own.is_decoupled:
+        for index in range(own.decouple.num_ranges):
+            runs.decouple_range(recipe, index, workshop, arm)
+    elif runs.is_distilled(recipe, arm):
         runs.distill_arm(recipe, arm, workshop)
     else:
         runs.foster_arm(recipe, arm, workshop)
     if runs.has_second_stage(recipe, arm):
         _assemble_arm(recipe, arm, workshop)
+    if own.merge is not None:
+        runs.merge_arm(recipe, arm, workshop)
 
 
 def _assemble_arm(recipe: Any, arm: str, workshop: Any) -> None:

@@ -31,6 +31,7 @@ from timestep_experts.config.sections import (
     ExpertsConfig,
     FosterConfig,
     GanConfig,
+    MergeConfig,
     OptimizerConfig,
     ScaleConfig,
     Size,
@@ -50,6 +51,7 @@ __all__ = [
     "ExpertsConfig",
     "FosterConfig",
     "GanConfig",
+    "MergeConfig",
     "OptimizerConfig",
     "Recipe",
     "ScaleConfig",
@@ -59,6 +61,8 @@ __all__ = [
 ]
 
 MAIN_ARM = "main"
+_OF_ARMS = ("experts", "foster", "distill", "assemble", "decouple", "merge", "modes")
+_OF_EXPERTS = ("experts", "foster", "distill", "assemble", "modes")
 
 
 class _Lacking(dict[str, Any]):
@@ -87,13 +91,12 @@ class Recipe(Strict):
     foster: FosterConfig = FosterConfig()
     distill: DistillConfig | None = Field(None, description="in place of foster; assemble then goes by its losses too")
     assemble: AssembleConfig | None = AssembleConfig()
-    decouple: DecoupleConfig | None = Field(None, description="full copies; of the command decouple")
+    decouple: DecoupleConfig | None = Field(None, description="full copies, in place of experts")
+    merge: MergeConfig | None = Field(None, description="what was trained is made one too; null: no such row")
     modes: tuple[Literal["switch", "route"], ...] = Field(("switch", "route"), description="in which it is evaluated")
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    arms: Mapping[str, Mapping[str, Any]] = Field(
-        {}, description="named variations of experts, foster, distill, assemble, modes"
-    )
+    arms: Mapping[str, Mapping[str, Any]] = Field({}, description="named variations of " + ", ".join(_OF_ARMS))
 
     @model_validator(mode="before")
     @classmethod
@@ -106,6 +109,21 @@ class Recipe(Strict):
     def has_experts(self) -> bool:
         """Whether it says which experts are fostered."""
         return "experts" in self.model_fields_set
+
+    @property
+    def is_decoupled(self) -> bool:
+        """Whether full copies are all that it trains; where it has experts too, copies are the command decouple's."""
+        return self.decouple is not None and not self.has_experts
+
+    @model_validator(mode="after")
+    def _merged_into_what(self) -> Recipe:
+        if self.merge is not None and self.is_decoupled == (self.merge.rank is not None):
+            needed = "copies are merged into a copy, which has no rank" if self.is_decoupled else "a LoRA needs a rank"
+            raise ValueError(f"merge.rank: {needed}")
+        is_kept = self.decouple is not None and self.is_decoupled and self.decouple.projection == "paper"
+        if self.merge is not None and is_kept:
+            raise ValueError("merge: not all projections of kind paper fold; use decouple.projection: foldable")
+        return self
 
     @model_validator(mode="after")
     def _distilled_or_fostered(self) -> Recipe:
@@ -121,16 +139,18 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _arms_are_recipes(self) -> Recipe:
         for name, changes in self.arms.items():
-            foreign = sorted(set(changes) - {"experts", "foster", "distill", "assemble", "modes"})
+            foreign = sorted(set(changes) - set(_OF_ARMS))
             if foreign or name == MAIN_ARM or not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(
-                    f"arms.{name}: an arm may change experts, foster, distill, assemble and modes; its name is made of"
+                    f"arms.{name}: an arm may change {', '.join(_OF_ARMS[:-1])} and {_OF_ARMS[-1]}; its name is made of"
                     f" letters, digits, - and _, and is not {MAIN_ARM!r}; got {', '.join(foreign) or 'a bad name'}"
                 )
         return self
 
     def arm(self, name: str) -> Recipe:
         """The recipe of one arm: this one with the arm's changes, and without arms.
+
+        An arm that decouples, and says nothing of experts, has no experts; an arm merges only if it says so itself.
 
         Raises:
             ValueError: there is no such arm, or its changes do not fit the schema.
@@ -139,6 +159,10 @@ class Recipe(Strict):
             raise ValueError(f"no arm {name!r} in this recipe: it has {', '.join(self.arm_names)}")
         document = self.model_dump(mode="json", exclude={"arms"}, exclude_unset=True)
         changes = self.arms.get(name, {})
+        if name != MAIN_ARM:
+            document.pop("merge", None)
+        if changes.get("decouple") is not None and "experts" not in changes:
+            document = {key: value for key, value in document.items() if key not in _OF_EXPERTS}
         return parse_recipe(_merged(document, changes), where=f"recipe.arms.{name}")
 
     @property
@@ -199,7 +223,9 @@ def _is_consequence(problem: Mapping[str, Any], problems: Sequence[Mapping[str, 
 def _explain(problem: Mapping[str, Any], where: str) -> str:
     place = ".".join([where, *(str(part) for part in problem["loc"])])
     if problem["type"] != "extra_forbidden":
-        return f"{place}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"
+        is_whole = isinstance(problem["input"], Mapping) and problem["type"] == "value_error"  # a section that is at odds
+        got = "" if is_whole else f" (got {problem['input']!r})"
+        return f"{place}: {problem['msg'].removeprefix('Value error, ')}{got}"
     *parents, key = (str(part) for part in problem["loc"])
     near = difflib.get_close_matches(key, _keys_under(parents), 1)
     return f"{place}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")

@@ -204,6 +204,21 @@ class DecoupleConfig(Strict):
         return self.intervals or len(self.boundaries or ()) - 1
 
 
+class MergeConfig(Strict):
+    """The trained experts of an arm made one; their weights are searched on training pictures."""
+
+    rank: PositiveInt | None = Field(
+        None, description="of the LoRA that experts of experts.scales become; copies of decouple need none"
+    )
+    method: Literal["quadratic", "grid", "cma"] = "quadratic"
+    objective: Literal["mean", "ranges"] = Field("mean", description="the loss, or its ratios to the base's by range")
+    refinements: PositiveInt = Field(10, description="evaluations of quadratic after its first points, at most")
+    grid: tuple[float, ...] = Field((0.0, 0.25, 0.5, 0.75, 1.0), description="values of every weight")
+    budget: PositiveInt = Field(100, description="evaluations of cma, at most")
+    num_pictures: PositiveInt = Field(32, description="per bin of timesteps, for one evaluation")
+    bins_per_interval: PositiveInt = 1
+
+
 class TrainingConfig(Strict):
     """What both stages share."""
 

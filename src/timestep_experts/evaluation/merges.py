@@ -32,44 +32,61 @@ class MergeLosses:
     confirmation_mean: float
 
 
-class MergeBench:
-    """Measures a family's denoiser as a merge rewrites it.
+@dataclass(frozen=True)
+class Trial:
+    """What merges are tried on.
 
     Args:
-        family: whose denoiser is rewritten.
-        pictures: of validation; one half by caption is for choosing, the other for confirming.
+        family: whose networks they rewrite.
+        selection: pictures that weights are chosen by.
+        confirmation: pictures that no choice sees.
         settings: ranges, bins and seed; confirmation draws with the next seed.
-        apply: rewrites the network for a vector of weights.
-        seed: of the halves.
-
-    Raises:
-        ValueError: there are too few pictures.
     """
 
-    def __init__(
-        self,
-        family: Family,
-        pictures: EncodedPictures,
-        settings: LossSettings,
-        apply: Callable[[tuple[float, ...]], None],
-        seed: int,
-    ) -> None:
-        self.selection, self.confirmation = halves_by_caption(pictures, seed)
-        self.settings = settings
-        self._family = family
+    family: Family
+    selection: EncodedPictures
+    confirmation: EncodedPictures
+    settings: LossSettings
+
+    @classmethod
+    def on_halves(cls, family: Family, pictures: EncodedPictures, settings: LossSettings, seed: int) -> Trial:
+        """One half of the validation pictures, by caption, is for choosing, the other for confirming.
+
+        Args:
+            family: as above.
+            pictures: of validation.
+            settings: as above.
+            seed: of the halves.
+
+        Raises:
+            ValueError: there are too few pictures.
+        """
+        return cls(family, *halves_by_caption(pictures, seed), settings)
+
+
+class MergeBench:
+    """Measures a family's networks as a merge rewrites them.
+
+    Args:
+        trial: what it is tried on.
+        apply: rewrites the networks for a vector of weights.
+    """
+
+    def __init__(self, trial: Trial, apply: Callable[[tuple[float, ...]], None]) -> None:
+        self.trial = trial
         self._apply = apply
         self._curves: dict[tuple[float, ...], LossCurve] = {}
 
     @property
     def ranges(self) -> tuple[Interval, ...]:
         """The reported ranges of t."""
-        return self.settings.partition.intervals
+        return self.trial.settings.partition.intervals
 
     def curve(self, weights: tuple[float, ...]) -> LossCurve:
-        """The loss on the selection half; measured once per vector."""
+        """The loss on the selection pictures; measured once per vector."""
         if weights not in self._curves:
             self._apply(weights)
-            self._curves[weights] = loss_curve(self._family, self.selection, self.settings)
+            self._curves[weights] = self._curve_of_selection()
         return self._curves[weights]
 
     def by_range(self, weights: tuple[float, ...]) -> tuple[float, ...]:
@@ -87,20 +104,23 @@ class MergeBench:
         return sum(loss / own for loss, own in zip(self.by_range(weights), base, strict=True)) / len(base)
 
     def confirm(self, name: str, weights: tuple[float, ...]) -> MergeLosses:
-        """Both halves' losses of one merge."""
+        """Both losses of one merge."""
         self._apply(weights)
         return self.confirm_as_it_is(name, weights, self.curve(weights))
 
     def confirm_as_it_is(self, name: str, weights: tuple[float, ...], here: LossCurve | None = None) -> MergeLosses:
-        """Both halves' losses of whatever the family's networks are now.
+        """Both losses of whatever the family's networks are now.
 
         Args:
             name: of the row.
             weights: to show in it; may be empty.
-            here: the loss on the selection half, where it is known.
+            here: the loss on the selection pictures, where it is known.
         """
-        here = here or loss_curve(self._family, self.selection, self.settings)
-        settings = replace(self.settings, seed=self.settings.seed + 1)
-        there = loss_curve(self._family, self.confirmation, settings)
+        here = here or self._curve_of_selection()
+        trial = self.trial
+        there = loss_curve(trial.family, trial.confirmation, replace(trial.settings, seed=trial.settings.seed + 1))
         by_range = [tuple(curve.within(interval) for interval in self.ranges) for curve in (here, there)]
         return MergeLosses(name, weights, by_range[0], by_range[1], here.mean, there.mean)
+
+    def _curve_of_selection(self) -> LossCurve:
+        return loss_curve(self.trial.family, self.trial.selection, self.trial.settings)

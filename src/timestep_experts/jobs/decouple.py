@@ -14,21 +14,21 @@ from torch import Tensor
 from timestep_experts import __version__
 from timestep_experts.build import (
     Workshop,
+    build_decoupled_partition,
     build_loop_settings,
     build_loss_settings,
     build_optimiser_settings,
     build_sample_settings,
     resolve_model,
 )
-from timestep_experts.config import DecoupleConfig, Recipe
+from timestep_experts.config import MAIN_ARM, DecoupleConfig, Recipe
 from timestep_experts.evaluation import loss_curve
 from timestep_experts.formats.checkpoints import Checkpoint, file_sha256, weights_sha256
 from timestep_experts.formats.experts import ExpertRecord, StoredProjections, write_expert
 from timestep_experts.formats.model_folders import find_weights
 from timestep_experts.inference import sample
-from timestep_experts.intervals import Partition
 from timestep_experts.jobs.media import save_media_sheet
-from timestep_experts.jobs.train import encoders_away
+from timestep_experts.jobs.train import arm_folder, encoders_away
 from timestep_experts.merging import fold, folded_layers
 from timestep_experts.models import Family
 from timestep_experts.training import Decoupled, DecoupleSettings, decouple
@@ -50,17 +50,8 @@ def build_decouple_settings(recipe: Recipe, num_train_timesteps: int) -> Decoupl
         raise ValueError("recipe.training.base_quantization: a quantised base cannot be copied and trained; use null")
     options = config.model_dump(exclude={"intervals", "boundaries", "optimizer", "max_train_steps"})
     steps = config.max_train_steps
-    if config.boundaries is None:
-        partition = Partition.uniform(config.num_ranges, num_train_timesteps)
-    else:
-        partition = Partition(config.boundaries)
-    if partition.num_train_timesteps != num_train_timesteps:
-        raise ValueError(
-            f"recipe.decouple.boundaries end at {partition.num_train_timesteps:g}; this base model has"
-            f" {num_train_timesteps} timesteps"
-        )
     return DecoupleSettings(
-        partition=partition,
+        partition=build_decoupled_partition(config, num_train_timesteps),
         max_train_steps=steps if isinstance(steps, tuple) else (steps,) * config.num_ranges,
         caption_dropout=recipe.data.caption_dropout,
         seed=recipe.seed,
@@ -68,18 +59,24 @@ def build_decouple_settings(recipe: Recipe, num_train_timesteps: int) -> Decoupl
     )
 
 
-def decouple_folder(recipe: Recipe) -> Path:
+def decouple_folder(recipe: Recipe, arm: str = MAIN_ARM) -> Path:
     """Where the experts of all ranges are."""
-    return recipe.output_dir / "decoupled"
+    return (recipe.output_dir if arm == MAIN_ARM else arm_folder(recipe, arm)) / "decoupled"
 
 
-def range_folder(recipe: Recipe, index: int) -> Path:
+def range_folder(recipe: Recipe, index: int, arm: str = MAIN_ARM) -> Path:
     """Where one range's stage and its ``expert/`` are."""
-    return decouple_folder(recipe) / f"range-{index}"
+    return decouple_folder(recipe, arm) / f"range-{index}"
 
 
-def decouple_range(recipe: Recipe, index: int, workshop: Workshop) -> tuple[Path, tuple[str, ...]]:
+def decouple_range(recipe: Recipe, index: int, workshop: Workshop, arm: str = MAIN_ARM) -> tuple[Path, tuple[str, ...]]:
     """Train one range's expert and write its folder, which `merge` and any diffusers tool read.
+
+    Args:
+        recipe: of the run.
+        index: of the range.
+        workshop: base and pictures.
+        arm: its name.
 
     Returns:
         The expert's folder, and the names of projections that are not in its weights.
@@ -87,10 +84,11 @@ def decouple_range(recipe: Recipe, index: int, workshop: Workshop) -> tuple[Path
     Raises:
         ValueError: see `training.decouple` and `run_stage`.
     """
+    folder, recipe = range_folder(recipe, index, arm), recipe.arm(arm)
     family, config = workshop.family, recipe.decouple
     settings = build_decouple_settings(recipe, family.noise.num_train_timesteps)
     assert config is not None  # its settings were built
-    decoupled, folder = decouple(family, settings, index), range_folder(recipe, index)
+    decoupled = decouple(family, settings, index)
     with _base_away(family, settings), encoders_away(recipe, workshop):
         run_stage(
             decoupled.stage,
@@ -197,13 +195,19 @@ def expert_tensors(trainee: FullCopy, deltas: Mapping[str, Tensor]) -> dict[str,
 
 def base_sha256(recipe: Recipe, family: Family) -> str | None:
     """The hash of a base's weights as `merge` knows it; ``None`` where it would not read them."""
+    place = base_weights(recipe, family)
+    return None if place is None else weights_sha256({file.name: file_sha256(file) for file in Checkpoint(place).files})
+
+
+def base_weights(recipe: Recipe, family: Family) -> Path | None:
+    """The folder of the base's denoiser, as `merge` reads it; ``None`` where it would not."""
     source = Path(resolve_model(recipe.pretrained_model_name_or_path))
     if source.suffix == ".safetensors":
         return None
     config: Any = family.denoiser.config  # of a hub's model, it names the folder of the download
     place = find_weights(source, family.denoiser_name) if source.is_dir() else Path(config["_name_or_path"])
     try:
-        files = Checkpoint(place).files
+        Checkpoint(place)
     except ValueError:  # other formats than safetensors
         return None
-    return weights_sha256({file.name: file_sha256(file) for file in files})
+    return place

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,6 @@ from timestep_experts.build import (
     Workshop,
     build_loss_settings,
     build_sample_settings,
-    build_spec,
 )
 from timestep_experts.config import Recipe
 from timestep_experts.data import ClipSettings, decode_all
@@ -34,10 +32,9 @@ from timestep_experts.evaluation import (
     judge_pictures,
     loss_curve,
 )
-from timestep_experts.formats import load_bundle
 from timestep_experts.formats.atomic import atomic_path, write_json
-from timestep_experts.inference import attach, detach, sample
-from timestep_experts.intervals import Partition
+from timestep_experts.formats.checkpoints import file_sha256
+from timestep_experts.inference import sample
 from timestep_experts.jobs.distill_settings import build_generator_sample_settings
 from timestep_experts.jobs.media import (
     SHEET,
@@ -47,12 +44,12 @@ from timestep_experts.jobs.media import (
     save_media,
     save_media_sheet,
 )
-from timestep_experts.jobs.train import arm_folder, has_second_stage
-from timestep_experts.mixture import Mixture, Mode, ParameterCount
+from timestep_experts.jobs.rows import BASE, Row, count_costs, modes_of, stage_folders
+from timestep_experts.jobs.train import reported_partition
+from timestep_experts.mixture import Mixture
 from timestep_experts.report import ReportContent, write_report
 from timestep_experts.training.log import read_log
 
-BASE = "base"
 NUM_SHOWN = 12
 _RESULT = TypeAdapter(Result)
 _RESULT_LIST = TypeAdapter(list[Result])
@@ -65,18 +62,10 @@ def evaluate(recipe: Recipe, workshop: Workshop) -> list[Result]:
         ValueError: an arm has no bundle yet.
     """
     settings = build_loss_settings(recipe, reported_partition(recipe, workshop))
-    for arm in recipe.arm_names:
-        load_bundle(arm_folder(recipe, arm) / "bundle")  # fails before minutes of sampling
-    rows: list[tuple[str, Mode]] = [
-        (BASE, "off"),
-        *((arm, mode) for arm in recipe.arm_names for mode in _modes(recipe, arm)),
-    ]
-    return [_measure(recipe, workshop, settings, arm, mode) for arm, mode in rows]
-
-
-def reported_partition(recipe: Recipe, workshop: Workshop) -> Partition:
-    """The main arm's finest intervals: the same for all rows."""
-    return build_spec(recipe.experts, workshop.family.noise.num_train_timesteps).strata
+    rows = [Row(recipe, BASE, "off"), *(Row(recipe, a, m) for a in recipe.arm_names for m in modes_of(recipe, a))]
+    for row in rows:
+        row.check()  # fails before minutes of sampling
+    return [_measure(recipe, workshop, settings, row) for row in rows]
 
 
 def write_run_report(recipe: Recipe, workshop: Workshop, results: Sequence[Result], command: str) -> Path:
@@ -107,32 +96,20 @@ def write_run_report(recipe: Recipe, workshop: Workshop, results: Sequence[Resul
     return path
 
 
-def _modes(recipe: Recipe, arm: str) -> tuple[Mode, ...]:
-    if has_second_stage(recipe, arm):
-        return recipe.arm(arm).modes
-    return ("switch",)
-
-
 def _folder(recipe: Recipe, arm: str, mode: str) -> Path:
     return recipe.output_dir / "evaluation" / f"{arm}-{mode}"
 
 
-def _measure(recipe: Recipe, workshop: Workshop, settings: LossSettings, arm: str, mode: Mode) -> Result:
-    folder = _folder(recipe, arm, mode)
-    identity = _identity(recipe, workshop, settings, arm)
+def _measure(recipe: Recipe, workshop: Workshop, settings: LossSettings, row: Row) -> Result:
+    folder = _folder(recipe, row.arm, row.mode)
+    identity = _identity(recipe, workshop, settings, row)
     stored = folder / "result.json"
     if stored.is_file():
         document = json.loads(stored.read_text(encoding="utf-8"))
         if document["identity"] == identity:
             return _RESULT.validate_python(document["result"])
-    mixture = None
-    if arm != BASE:
-        mixture = attach(workshop.family.pipeline(), arm_folder(recipe, arm) / "bundle", mode)
-    try:
-        result, pictures = _measure_attached(recipe, workshop, settings, arm, mode, mixture)
-    finally:
-        if mixture is not None:
-            detach(workshop.family.pipeline())
+    with row.on(workshop.family) as mixture:
+        result, pictures = _measure_attached(recipe, workshop, settings, row, mixture)
     with atomic_path(folder) as draft:
         draft.mkdir(parents=True)
         if len(pictures):
@@ -144,9 +121,9 @@ def _measure(recipe: Recipe, workshop: Workshop, settings: LossSettings, arm: st
 
 
 def _measure_attached(
-    recipe: Recipe, workshop: Workshop, settings: LossSettings, arm: str, mode: Mode, mixture: Mixture | None
+    recipe: Recipe, workshop: Workshop, settings: LossSettings, row: Row, mixture: Mixture | None
 ) -> tuple[Result, NDArray[np.uint8]]:
-    family = workshop.family
+    family, arm, mode = workshop.family, row.arm, row.mode
     curve = loss_curve(family, workshop.validation, settings)
     drawing = build_sample_settings(recipe, workshop.media)
     if arm != BASE:
@@ -156,8 +133,7 @@ def _measure_attached(
     if len(pictures) > 1:
         real = judge_features(as_pictures(_references(workshop)))
         frechet = frechet_distance(judge_features(as_pictures(pictures)), real)
-    trained, samples, seconds = _training_totals(recipe, arm, mode, mixture)
-    counted = mixture.count_parameters() if mixture is not None else ParameterCount(0, 0, 0)
+    costs = count_costs(row, family, mixture)
     result = Result(
         arm=arm,
         mode=mode,
@@ -165,54 +141,23 @@ def _measure_attached(
         interval_losses=tuple(curve.within(interval) for interval in settings.partition.intervals),
         verdict=judge_pictures(pictures, workshop.prompts) if workshop.is_judged else None,
         frechet=frechet,
-        parameters=ParameterCount(counted.stored if mode == "route" else trained, counted.active, trained),
-        num_images_seen=samples,
-        seconds=seconds,
+        parameters=costs.parameters,
+        num_images_seen=costs.num_images_seen,
+        seconds=costs.seconds,
         gates=tuple(gate_map(family, mixture, workshop.validation, settings)) if mixture and mode == "route" else (),
     )
     return result, pictures
 
 
-def _training_totals(recipe: Recipe, arm: str, mode: Mode, mixture: Mixture | None) -> tuple[int, int, float]:
-    """Parameters trained, samples seen and seconds spent for an arm in one mode.
-
-    What switching does not use does not count for it: routers, and contexts that rest at gate 0.
-    """
-    if mixture is None:
-        return 0, 0, 0.0
-    scales = [scale for scale in mixture.spec.scales if mode == "route" or scale.constant_gate]
-    trained = sum(p.numel() for scale in scales for stack in mixture.stacks(scale.name) for p in stack.parameters())
-    if mode == "route":
-        trained += sum(p.numel() for group in mixture.router_parameters() for p in group)
-    left_out = [scale.name for scale in mixture.spec.scales if scale not in scales]
-    unused = {f"foster-{name}" for name in left_out}
-    if recipe.arm(arm).foster.method == "coarse_to_fine":
-        unused = set()  # the coarse experts live on in the fine ones
-    unused |= {"assemble"} if mode == "switch" else set()
-    samples, seconds = 0, 0.0
-    for folder in _stage_folders(recipe, arm):
-        if folder.name not in unused and not folder.name.startswith(tuple(f"distill-{name}." for name in left_out)):
-            records = [record for record in read_log(folder) if "num_images_seen" in record]
-            samples += int(records[-1]["num_images_seen"])
-            seconds += sum(record["seconds"] for record in records)
-    return trained, samples, seconds
-
-
-def _stage_folders(recipe: Recipe, arm: str) -> list[Path]:
-    folders = arm_folder(recipe, arm).glob("*/result.safetensors")
-    return sorted(path.parent for path in folders)
-
-
 def _training_logs(recipe: Recipe) -> dict[str, list[dict[str, float]]]:
     return {
-        f"{arm}, {folder.name}": read_log(folder) for arm in recipe.arm_names for folder in _stage_folders(recipe, arm)
+        f"{arm}, {folder.name}": read_log(folder) for arm in recipe.arm_names for folder in stage_folders(recipe, arm)
     }
 
 
-def _identity(recipe: Recipe, workshop: Workshop, settings: LossSettings, arm: str) -> dict[str, Any]:
+def _identity(recipe: Recipe, workshop: Workshop, settings: LossSettings, row: Row) -> dict[str, Any]:
     """Whatever decides a measurement."""
-    tensors = arm_folder(recipe, arm) / "bundle" / "mixture.safetensors"
-    distilled = None if arm == BASE else recipe.arm(arm).distill
+    distilled = None if row.arm == BASE else recipe.arm(row.arm).distill
     return {
         **({} if distilled is None else {"timesteps": list(distilled.timesteps)}),
         "evaluation": recipe.evaluation.model_dump(mode="json"),
@@ -222,7 +167,7 @@ def _identity(recipe: Recipe, workshop: Workshop, settings: LossSettings, arm: s
         "base": recipe.training.model_dump(include={"base_dtype", "base_quantization"}),
         "prompts": list(workshop.prompts),
         "validation_pictures": workshop.validation.key,
-        "bundle": hashlib.sha256(tensors.read_bytes()).hexdigest() if tensors.is_file() else None,
+        "weights": [file_sha256(file) for file in row.files()],
     }
 
 

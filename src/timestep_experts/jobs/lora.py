@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from timestep_experts import __version__
 from timestep_experts.build import build_family, build_loss_settings, build_validation, resolve_model
 from timestep_experts.config import Recipe
-from timestep_experts.evaluation.merges import MergeBench, MergeLosses
+from timestep_experts.evaluation.merges import MergeBench, MergeLosses, Trial
 from timestep_experts.formats import Bundle, load_bundle, save_bundle
 from timestep_experts.formats.atomic import atomic_path, write_json
 from timestep_experts.formats.lora import one_expert_bundle, save_lora, updates_of
@@ -26,7 +27,6 @@ from timestep_experts.jobs.search import Search, search_weights, write_search
 from timestep_experts.jobs.search_methods import SearchSettings
 from timestep_experts.merging import LowRank, Truncated, Weights, truncate, weighted_sum
 from timestep_experts.mixture.lowrank import LayerGeometry
-from timestep_experts.models import Family
 from timestep_experts.models.outline import read_outline
 
 LORA_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -109,7 +109,36 @@ def merge_lora(
     if search is not None and (recipe is None or settings.weights is not None):
         raise ValueError("a search for weights needs a recipe to measure losses by, and no weights to begin with")
     bundle = load_bundle(bundle_path)
-    model = settings.model or (bundle.base_model if recipe is None else recipe.pretrained_model_name_or_path)
+    if recipe is None:
+        return write_merged(bundle_path, output, settings)
+    model = settings.model or recipe.pretrained_model_name_or_path
+    seed = recipe.seed if search is None else search.seed
+    return write_merged(
+        bundle_path, output, replace(settings, model=model), partial(_halves, recipe, bundle, seed), search
+    )
+
+
+def write_merged(
+    bundle_path: Path,
+    output: Path,
+    settings: LoraSettings,
+    make_trial: Callable[[], Trial] | None = None,
+    search: SearchSettings | None = None,
+) -> MergedLora:
+    """The same as `merge_lora`, tried on whatever the caller has.
+
+    Args:
+        bundle_path: the bundle's folder.
+        output: a folder to be made.
+        settings: rank and weights.
+        make_trial: called once everything fits: what losses are measured on; ``None``: nothing is measured.
+        search: look for the weights.
+
+    Raises:
+        ValueError: as `merge_lora`.
+    """
+    bundle = load_bundle(bundle_path)
+    model = settings.model or bundle.base_model
     parts, layers = read_parts(bundle, resolve_model(model))
     labels, shares = label_experts(bundle), expert_shares(bundle)
     weights = shares if settings.weights is None else settings.weights
@@ -118,15 +147,15 @@ def merge_lora(
     most = sum(part.rank for part in next(iter(parts.values())))
     if not 1 <= settings.rank <= most:
         raise ValueError(f"rank {settings.rank} is not allowed: the experts have {most} together, so 1 to {most} are")
-    bench = None if recipe is None else _Bench(recipe, bundle, parts)
+    bench = None if make_trial is None else _Bench(make_trial(), bundle, parts)
     found = None if bench is None or search is None else bench.search(labels, shares, search)
     weights = weights if found is None else found.found.weights
     cut = truncate_all(parts, weights, settings.rank)
-    rows = () if bench is None else bench.losses(weights, cut, search)
+    rows = () if bench is None else bench.losses(weights, cut)
     energy = sum(part.energy for part in cut.values())
     total = sum(part.kept * part.energy for part in cut.values()) / energy if energy else 1.0
     kept = {path: part.kept for path, part in cut.items()}
-    ranges = () if bench is None else bench.ranges
+    ranges = () if bench is None else bench.trial.settings.partition.intervals
     merged = MergedLora(output, labels, tuple(weights), kept, total, rows, ranges, found)
     record = _record(bundle_path, model, settings, merged)
     with atomic_path(output) as draft:
@@ -225,31 +254,29 @@ def check_folder_to_make(output: Path) -> None:
         raise ValueError(f"the output is a folder, as load_lora_weights takes it; got {output}")
 
 
+def _halves(recipe: Recipe, bundle: Bundle, seed: int) -> Trial:
+    family = build_family(recipe)
+    as_tokens = any(path.partition(".")[0] in family.text_encoders for path in bundle.target_modules)
+    pictures = build_validation(recipe, family, as_tokens=as_tokens)
+    return Trial.on_halves(family, pictures, build_loss_settings(recipe, bundle.spec.strata), seed)
+
+
 class _Bench:
-    """The recipe's base, whose loss is measured with this or that attached."""
+    """A base whose loss is measured with this or that attached."""
 
-    def __init__(self, recipe: Recipe, bundle: Bundle, parts: Mapping[str, Sequence[LowRank]]) -> None:
-        self.family: Family = build_family(recipe)
-        self.bundle, self.parts = bundle, parts
-        as_tokens = any(path.partition(".")[0] in self.family.text_encoders for path in parts)
-        self.pictures = build_validation(recipe, self.family, as_tokens=as_tokens)
-        self.settings = build_loss_settings(recipe, bundle.spec.strata)
-        self.ranges = self.settings.partition.intervals
-        self.seed = recipe.seed
+    def __init__(self, trial: Trial, bundle: Bundle, parts: Mapping[str, Sequence[LowRank]]) -> None:
+        self.trial, self.bundle, self.parts = trial, bundle, parts
         self._searched: MergeBench | None = None
-
-    def _bench(self, seed: int, live: _LiveSum | None = None) -> MergeBench:
-        apply = (lambda _: None) if live is None else live.set
-        return MergeBench(self.family, self.pictures, self.settings, apply, seed)
 
     @contextmanager
     def attached(self, bundle: Bundle) -> Iterator[Any]:
         """The base with a bundle, switching."""
-        mixture = attach(self.family.pipeline(), bundle, "switch")
+        pipeline = self.trial.family.pipeline()
+        mixture = attach(pipeline, bundle, "switch")
         try:
             yield mixture
         finally:
-            detach(self.family.pipeline())
+            detach(pipeline)
 
     def search(self, labels: tuple[str, ...], shares: Weights, settings: SearchSettings) -> Search:
         """Search for weights of the exact sum."""
@@ -257,14 +284,12 @@ class _Bench:
         alone = {label: tuple(float(i == k) for i in range(count)) for k, label in enumerate(labels)}
         points = {"base": (0.0,) * count, **alone, "shares": shares}
         with self.attached(self.alone({p: weighted_sum(u, shares) for p, u in self.parts.items()})) as mixture:
-            self._searched = self._bench(settings.seed, _LiveSum(mixture, self.parts))
+            self._searched = MergeBench(self.trial, _LiveSum(mixture, self.parts).set)
             return search_weights(self._searched, points, labels, settings)
 
-    def losses(
-        self, weights: Weights, cut: Mapping[str, Truncated], search: SearchSettings | None
-    ) -> tuple[MergeLosses, ...]:
+    def losses(self, weights: Weights, cut: Mapping[str, Truncated]) -> tuple[MergeLosses, ...]:
         """Rows: the base, the experts switching, their exact sum, the truncated one."""
-        bench = self._bench(self.seed if search is None else search.seed)
+        bench = MergeBench(self.trial, lambda _: None)
         rows = [bench.confirm_as_it_is("base", ())]
         exact = {path: weighted_sum(updates, weights) for path, updates in self.parts.items()}
         rank = next(iter(exact.values())).rank
@@ -287,7 +312,7 @@ class _Bench:
         """Write the result of `search`."""
         assert self._searched is not None
         record = {"bundle": bundle, "weights": found.found.weights, "labels": found.labels}
-        write_search(path, found, self._searched, self.settings, {**record, "format": "timestep-experts/lora-search"})
+        write_search(path, found, self._searched, {**record, "format": "timestep-experts/lora-search"})
 
 
 class _LiveSum:

@@ -89,14 +89,15 @@ def make_plan(recipe: Recipe, arm: str | None = None, *, with_memory: bool = Fal
     Raises:
         ValueError: the base has no readable configuration, or the experts do not fit it.
     """
-    if not recipe.has_experts:
-        raise ValueError("recipe.experts: this recipe has none to train; the command for its full copies is decouple")
     arms = recipe.arm_names if arm is None else [arm]
     return [stage for name in arms for stage in _plan_arm(recipe, name, with_memory)]
 
 
 def _plan_arm(recipe: Recipe, arm: str, with_memory: bool) -> list[StagePlan]:
     own = recipe.arm(arm)
+    if own.is_decoupled:
+        copies = make_decouple_plan(own, with_memory=with_memory)
+        return [replace(plan, arm=arm) for plan in copies]
     outline = read_outline(resolve_model(own.pretrained_model_name_or_path))
     outline.cast_to(build_base_dtype(own))
     base = _base_bytes(own, outline)

@@ -1,15 +1,16 @@
 """What is done with a recipe, all in one place. Every job goes on where it stopped.
 
 Layout of ``output_dir``: ``recipe.yaml``, ``cache/``, ``evaluation/``, ``report.html``, and for every arm
-``arms/<arm>/`` with one folder per stage and the ``bundle/``; for every range that was decoupled
-``decoupled/range-<i>/`` with its stage and the ``expert/``.
+``arms/<arm>/`` with one folder per stage, the ``bundle/``, and what was merged of it in ``merged/``. For every range
+that was decoupled, ``decoupled/range-<i>/`` with its stage and the ``expert/``, in the arm's folder but for main's.
 """
 
 from timestep_experts.jobs.decouple import decouple_folder, decouple_range
 from timestep_experts.jobs.distill import distill_arm, distill_router_arm, is_distilled
-from timestep_experts.jobs.evaluate import evaluate, reported_partition, write_run_report
+from timestep_experts.jobs.evaluate import evaluate, write_run_report
+from timestep_experts.jobs.merge_arm import merge_arm
 from timestep_experts.jobs.plan import make_decouple_plan, make_plan, planned_device
-from timestep_experts.jobs.train import assemble_arm, foster_arm, has_second_stage, prepare_output
+from timestep_experts.jobs.train import assemble_arm, foster_arm, has_second_stage, prepare_output, reported_partition
 
 __all__ = [
     "assemble_arm",
@@ -23,6 +24,7 @@ __all__ = [
     "is_distilled",
     "make_decouple_plan",
     "make_plan",
+    "merge_arm",
     "planned_device",
     "prepare_output",
     "reported_partition",

@@ -15,8 +15,7 @@ from tqdm import tqdm
 from timestep_experts import __version__
 from timestep_experts.build import build_family, build_loss_settings, build_validation, resolve_model
 from timestep_experts.config import Recipe
-from timestep_experts.evaluation import LossSettings
-from timestep_experts.evaluation.merges import MergeBench, MergeLosses
+from timestep_experts.evaluation.merges import MergeBench, MergeLosses, Trial
 from timestep_experts.formats.atomic import atomic_path, write_json
 from timestep_experts.formats.checkpoints import Checkpoint
 from timestep_experts.formats.experts import read_projections
@@ -25,7 +24,7 @@ from timestep_experts.intervals import Interval, Partition
 from timestep_experts.jobs.inputs import MergeInput, check_descent, finite_tensor, hash_inputs
 from timestep_experts.jobs.merge import SEARCH_FORMAT
 from timestep_experts.jobs.search_methods import SearchSettings, run_method
-from timestep_experts.merging import Evaluated, Ledger, LiveMerge, MergeSettings, WeightGroups, Weights
+from timestep_experts.merging import Evaluated, Ledger, LiveMerge, WeightGroups, Weights
 from timestep_experts.merging.live import check_shapes
 from timestep_experts.models import Family
 from timestep_experts.report.search_figures import loss_landscape, range_losses
@@ -102,28 +101,57 @@ def search_experts(recipe: Recipe, inputs: SearchInputs, output: Path, settings:
     hashed, base = hash_inputs(checkpoints), hash_base(recipe, family)
     if base is not None:
         check_descent(base.sha256, str(base.weights.path), hashed)
-    pictures = build_validation(recipe, family)
     loss_settings = build_loss_settings(recipe, ranges_of(family, inputs.boundaries, len(checkpoints)))
+    trial = Trial.on_halves(family, build_validation(recipe, family), loss_settings, settings.seed)
+    search, bench = search_copies(trial, hashed, groups, settings)
+    write_search(output, search, bench, describe_merge(recipe, base, hashed, groups, search))
+    return search
+
+
+def describe_merge(
+    recipe: Recipe, base: MergeInput | None, experts: Sequence[MergeInput], groups: WeightGroups, search: Search
+) -> dict[str, Any]:
+    """What `read_search` needs to make the merge that a search found, for the record of `write_search`."""
+    found = groups.settings(search.found.weights)
+    return {
+        "base": {"path": recipe.pretrained_model_name_or_path, "sha256": None if base is None else base.sha256},
+        "experts": [expert.described() for expert in experts],
+        "weights": found.weights,
+        "block_weights": dict(found.block_weights),
+        "groups": dict(groups.patterns),
+    }
+
+
+def search_copies(
+    trial: Trial, experts: Sequence[MergeInput], groups: WeightGroups, settings: SearchSettings
+) -> tuple[Search, MergeBench]:
+    """Search for the weights of copies of the trial's one denoiser, which has its own weights back afterwards.
+
+    Args:
+        trial: what merges are tried on.
+        experts: hashed, of the denoiser's names and shapes.
+        groups: of its tensors.
+        settings: of the search.
+
+    Returns:
+        The search, and the bench that it was made on.
+
+    Raises:
+        ValueError: a tensor is not finite, or no loss was.
+    """
+    live = one_denoiser(trial.family).state_dict()
     # In the order of their hashes, as `merge` adds them: the same sum to the bit.
-    order = sorted(range(len(hashed)), key=lambda i: hashed[i].sha256)
-    tensors = [{name: finite_tensor(hashed[i], name) for name in live} for i in order]
+    order = sorted(range(len(experts)), key=lambda i: experts[i].sha256)
+    tensors = [{name: finite_tensor(experts[i], name) for name in live} for i in order]
     with LiveMerge(live, tensors) as merge:
 
         def apply(vector: Weights) -> None:
             chosen = groups.settings(vector).weights_by_tensor(live)
             merge.set({name: [chosen[name][i] for i in order] for name in merge.names})
 
-        bench = MergeBench(family, pictures, loss_settings, apply, settings.seed)
-        names = [f"expert {i}" for i in range(len(hashed))]
-        search = search_weights(bench, named_points(groups, names), groups.labels(), settings)
-    record = {
-        "base": {"path": recipe.pretrained_model_name_or_path, "sha256": None if base is None else base.sha256},
-        "experts": [expert.described() for expert in hashed],
-        **_merge_of(groups.settings(search.found.weights)),
-        "groups": dict(inputs.groups),
-    }
-    write_search(output, search, bench, loss_settings, record)
-    return search
+        bench = MergeBench(trial, apply)
+        names = [f"expert {i}" for i in range(len(experts))]
+        return search_weights(bench, named_points(groups, names), groups.labels(), settings), bench
 
 
 def named_points(groups: WeightGroups, names: Sequence[str]) -> dict[str, Weights]:
@@ -167,10 +195,9 @@ def search_weights(
     return Search(rows, tuple(ledger.evaluated), labels, bench.ranges, settings)
 
 
-def write_search(
-    output: Path, search: Search, bench: MergeBench, loss_settings: LossSettings, record: Mapping[str, Any]
-) -> None:
+def write_search(output: Path, search: Search, bench: MergeBench, record: Mapping[str, Any]) -> None:
     """Write a search as JSON, with figures of the landscape and of the ranges beside it."""
+    trial = bench.trial
     document = {
         "format": SEARCH_FORMAT,
         "format_version": 1,
@@ -184,14 +211,14 @@ def write_search(
             "evaluations": search.num_evaluations,
             "of_the_table": len(search.rows) - 1,
             "confirmations": len(search.rows),
-            "selection_pictures": len(bench.selection),
-            "confirmation_pictures": len(bench.confirmation),
-            "samples_per_evaluation": len(loss_settings.bins) * loss_settings.num_pictures,
+            "selection_pictures": len(trial.selection),
+            "confirmation_pictures": len(trial.confirmation),
+            "samples_per_evaluation": len(trial.settings.bins) * trial.settings.num_pictures,
         },
         "seeds": {
             "halves": search.settings.seed,
-            "selection": loss_settings.seed,
-            "confirmation": loss_settings.seed + 1,
+            "selection": trial.settings.seed,
+            "confirmation": trial.settings.seed + 1,
         },
         "settings": asdict(search.settings),
         "versions": {
@@ -310,10 +337,6 @@ def ranges_of(family: Family, boundaries: Sequence[float] | None, num_experts: i
             f"--boundaries end at {partition.num_train_timesteps:g}; this base model has {total} timesteps"
         )
     return partition
-
-
-def _merge_of(settings: MergeSettings) -> dict[str, Any]:
-    return {"weights": settings.weights, "block_weights": dict(settings.block_weights)}
 
 
 def _row(row: MergeLosses) -> dict[str, Any]:

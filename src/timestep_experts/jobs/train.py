@@ -15,18 +15,21 @@ from timestep_experts import __version__
 from timestep_experts.build import (
     Workshop,
     build_assemble_settings,
+    build_decoupled_partition,
     build_foster_settings,
     build_loop_settings,
     build_loss_settings,
     build_mixture,
     build_optimiser_settings,
     build_sample_settings,
+    build_spec,
 )
 from timestep_experts.config import OptimizerConfig, Recipe
 from timestep_experts.evaluation import loss_curve
 from timestep_experts.formats import Bundle, save_bundle
 from timestep_experts.formats.atomic import write_text
 from timestep_experts.inference import reencoding, sample
+from timestep_experts.intervals import Partition
 from timestep_experts.jobs.media import save_media_sheet
 from timestep_experts.mixture import Mixture, Mode
 from timestep_experts.training import assemble, foster
@@ -37,7 +40,7 @@ from timestep_experts.training.stage import Stage
 
 def prepare_output(recipe: Recipe) -> None:
     """Write the resolved recipe beside the results."""
-    left_out = set() if recipe.has_experts else {"experts", "foster", "assemble", "modes", "arms"}
+    left_out = set() if recipe.has_experts else {"experts", "foster", "assemble", "modes"}
     document = recipe.model_dump(mode="json", exclude=left_out)
     write_text(recipe.output_dir / "recipe.yaml", yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
@@ -47,6 +50,14 @@ def arm_folder(recipe: Recipe, arm: str) -> Path:
     return recipe.output_dir / "arms" / arm
 
 
+def reported_partition(recipe: Recipe, workshop: Workshop) -> Partition:
+    """The main arm's finest intervals, or the ranges of its copies: the same for all rows of a table."""
+    total = workshop.family.noise.num_train_timesteps
+    if recipe.decouple is not None and recipe.is_decoupled:
+        return build_decoupled_partition(recipe.decouple, total)
+    return build_spec(recipe.experts, total).strata
+
+
 def foster_arm(recipe: Recipe, arm: str, workshop: Workshop) -> None:
     """Foster the experts of one arm and write its bundle, for switching.
 
@@ -54,6 +65,8 @@ def foster_arm(recipe: Recipe, arm: str, workshop: Workshop) -> None:
         ValueError: the arm is to be distilled.
     """
     own = recipe.arm(arm)
+    if own.is_decoupled:
+        raise ValueError(f"arm {arm!r} has full copies, no experts to foster: use the command decouple, or run")
     if own.distill is not None:
         raise ValueError(f"arm {arm!r} is distilled, not fostered: use the command distill, or run")
     mixture = build_mixture(own, workshop.family)
@@ -91,7 +104,7 @@ def assemble_arm(recipe: Recipe, arm: str, workshop: Workshop) -> None:
 def has_second_stage(recipe: Recipe, arm: str) -> bool:
     """Whether an arm's experts are assembled after fostering."""
     own = recipe.arm(arm)
-    return own.assemble is not None and len(own.experts.scales) > 1
+    return not own.is_decoupled and own.assemble is not None and len(own.experts.scales) > 1
 
 
 def is_assembled(recipe: Recipe, arm: str) -> bool:
