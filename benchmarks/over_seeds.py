@@ -56,9 +56,7 @@ def run_seed(recipe: Path, overrides: list[str], seed: int) -> list[dict[str, st
     runs.prepare_output(loaded)
     workshop = build_workshop(loaded)
     for arm in loaded.arm_names:
-        runs.foster_arm(loaded, arm, workshop)
-        if runs.has_second_stage(loaded, arm):
-            runs.assemble_arm(loaded, arm, workshop)
+        runs.train_arm(loaded, arm, workshop)
     results = runs.evaluate(loaded, workshop)
     runs.write_run_report(loaded, workshop, results, f"python benchmarks/over_seeds.py {recipe} --seeds {seed}")
     return results_rows(results, runs.reported_partition(loaded, workshop).intervals)

@@ -193,12 +193,15 @@ def test_what_cannot_be_merged_is_one_clear_error(base: Path, data: Path, tmp_pa
     def copies(**changes: Any) -> dict[str, Any]:
         return {"copies": {"decouple": DECOUPLE | changes.pop("decouple", {}), "merge": MERGE | changes}}
 
-    assert "recipe: merge.rank: a LoRA needs a rank" == said("a", merge=MERGE, arms={})
-    assert "recipe.arms.copies: merge.rank: copies are merged into a copy, which has no rank" == said(
-        "b", arms=copies(rank=4)
+    assert said("a", merge=MERGE, arms={}) == "recipe: merge.rank: a LoRA needs a rank"
+    assert (
+        said("b", arms=copies(rank=4))
+        == "recipe.arms.copies: merge.rank: copies are merged into a copy, which has no rank"
     )
     assert "not all projections of kind paper fold" in said("c", arms=copies(decouple={"projection": "paper"}))
     assert "unknown key; did you mean 'refinements'?" in said("d", arms=copies(refinement=4))
+    distilled = {"distill": {"timesteps": [999, 499]}, "merge": MERGE | {"rank": 2}}
+    assert "which a distilled generator has none of" in said("g", arms={"few": distilled})
     assert "arm 'copies' has full copies, no experts to foster: use the command decouple" in refused(
         "foster", merging(tmp_path / "e", base, data), "--arm", "copies"
     )

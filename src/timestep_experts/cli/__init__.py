@@ -84,7 +84,8 @@ def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False
     workshop = _workshop(loaded)
     runs.prepare_output(loaded)
     for arm in loaded.arm_names:
-        _train_arm(loaded, arm, workshop)
+        console.rule(f"[bold]{arm}", align="left")
+        runs.train_arm(loaded, arm, workshop)
     _evaluate(loaded, workshop)
 
 
@@ -128,7 +129,7 @@ def assemble(recipe: RecipePath, overrides: Overrides = None, arm: Arm = None, d
 
     def assemble_if_any(loaded: Any, name: str, workshop: Any) -> None:
         if arm is not None or runs.has_second_stage(loaded, name):
-            _assemble_arm(loaded, name, workshop)
+            runs.assemble_any_arm(loaded, name, workshop)
 
     _stage(recipe, overrides, arm, dry_run, assemble_if_any)
 
@@ -308,31 +309,6 @@ def _stage(
         job(recipe, name, workshop)
         bundle = recipe.output_dir / "arms" / name / "bundle"
         console.print(f"{name}: {escaped(bundle)}", soft_wrap=True)
-
-
-def _train_arm(recipe: Any, arm: str, workshop: Any) -> None:
-    from timestep_experts.jobs import runs
-
-    console.rule(f"[bold]{arm}", align="left")
-    own = recipe.arm(arm)
-    if own.is_decoupled:
-        for index in range(own.decouple.num_ranges):
-            runs.decouple_range(recipe, index, workshop, arm)
-    elif runs.is_distilled(recipe, arm):
-        runs.distill_arm(recipe, arm, workshop)
-    else:
-        runs.foster_arm(recipe, arm, workshop)
-    if runs.has_second_stage(recipe, arm):
-        _assemble_arm(recipe, arm, workshop)
-    if own.merge is not None:
-        runs.merge_arm(recipe, arm, workshop)
-
-
-def _assemble_arm(recipe: Any, arm: str, workshop: Any) -> None:
-    from timestep_experts.jobs import runs
-
-    job = runs.distill_router_arm if runs.is_distilled(recipe, arm) else runs.assemble_arm
-    job(recipe, arm, workshop)
 
 
 def _evaluate(recipe: Any, workshop: Any) -> None:

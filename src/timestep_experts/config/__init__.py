@@ -120,6 +120,8 @@ class Recipe(Strict):
         if self.merge is not None and self.is_decoupled == (self.merge.rank is not None):
             needed = "copies are merged into a copy, which has no rank" if self.is_decoupled else "a LoRA needs a rank"
             raise ValueError(f"merge.rank: {needed}")
+        if self.merge is not None and self.distill is not None:
+            raise ValueError("merge: weights are chosen by the denoising loss, which a distilled generator has none of")
         is_kept = self.decouple is not None and self.is_decoupled and self.decouple.projection == "paper"
         if self.merge is not None and is_kept:
             raise ValueError("merge: not all projections of kind paper fold; use decouple.projection: foldable")
@@ -223,8 +225,8 @@ def _is_consequence(problem: Mapping[str, Any], problems: Sequence[Mapping[str, 
 def _explain(problem: Mapping[str, Any], where: str) -> str:
     place = ".".join([where, *(str(part) for part in problem["loc"])])
     if problem["type"] != "extra_forbidden":
-        is_whole = isinstance(problem["input"], Mapping) and problem["type"] == "value_error"  # a section that is at odds
-        got = "" if is_whole else f" (got {problem['input']!r})"
+        is_section = isinstance(problem["input"], Mapping)  # whose keys are at odds, as the message says
+        got = "" if is_section and problem["type"] == "value_error" else f" (got {problem['input']!r})"
         return f"{place}: {problem['msg'].removeprefix('Value error, ')}{got}"
     *parents, key = (str(part) for part in problem["loc"])
     near = difflib.get_close_matches(key, _keys_under(parents), 1)

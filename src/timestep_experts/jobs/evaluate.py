@@ -192,7 +192,18 @@ def _notes(recipe: Recipe, workshop: Workshop) -> list[str]:
         "Parameters and samples are those of what the mode uses: switching counts neither routers nor contexts that"
         " rest at gate 0.",
     ]
-    if any(recipe.arm(arm).distill for arm in recipe.arm_names):
+    arms = [recipe.arm(arm) for arm in recipe.arm_names]
+    if any(arm.is_decoupled for arm in arms):
+        notes.append(
+            "Decoupled copies switch as an ensemble. They take the base's place, so none of their parameters is active"
+            " on top of it; stored is what must be kept of them."
+        )
+    if any(arm.merge for arm in arms):
+        notes.append(
+            "Merged rows are one ordinary denoiser or LoRA. Their weights were chosen by the loss on training pictures,"
+            " so these validation pictures took no part in it."
+        )
+    if any(arm.distill for arm in arms):
         notes.append(
             "Distilled arms draw in their own few steps without guidance, whatever the base is drawn with. Their"
             " validation loss is that of a denoiser, which a generator is no longer: judge them by their pictures."

@@ -6,27 +6,26 @@ that was decoupled, ``decoupled/range-<i>/`` with its stage and the ``expert/``,
 """
 
 from timestep_experts.jobs.decouple import decouple_folder, decouple_range
-from timestep_experts.jobs.distill import distill_arm, distill_router_arm, is_distilled
+from timestep_experts.jobs.distill import distill_arm, is_distilled
 from timestep_experts.jobs.evaluate import evaluate, write_run_report
-from timestep_experts.jobs.merge_arm import merge_arm
 from timestep_experts.jobs.plan import make_decouple_plan, make_plan, planned_device
-from timestep_experts.jobs.train import assemble_arm, foster_arm, has_second_stage, prepare_output, reported_partition
+from timestep_experts.jobs.train import foster_arm, has_second_stage, prepare_output, reported_partition
+from timestep_experts.jobs.train_arm import assemble_any_arm, train_arm
 
 __all__ = [
-    "assemble_arm",
+    "assemble_any_arm",
     "decouple_folder",
     "decouple_range",
     "distill_arm",
-    "distill_router_arm",
     "evaluate",
     "foster_arm",
     "has_second_stage",
     "is_distilled",
     "make_decouple_plan",
     "make_plan",
-    "merge_arm",
     "planned_device",
     "prepare_output",
     "reported_partition",
+    "train_arm",
     "write_run_report",
 ]
