@@ -19,6 +19,7 @@ from timestep_experts.merging import (
     merge_linear,
     merge_tensor,
     merge_ties,
+    methods,
     task_vector,
     trim,
 )
@@ -236,3 +237,42 @@ def test_block_weights_first_match_wins() -> None:
 def test_what_cannot_be_merged_is_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# Speed must not show
+
+
+@given(
+    magnitudes=st.lists(
+        st.one_of(st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-40]), st.floats(width=32, allow_nan=False)),
+        min_size=1,
+        max_size=40,
+    ),
+    density=st.floats(0.01, 1),
+)
+def test_trimming_keeps_what_a_sort_would_keep(magnitudes: list[float], density: float) -> None:
+    vector = torch.tensor(magnitudes, dtype=torch.float32)
+    num_kept = max(1, round(density * len(vector)))
+    least = vector.abs().sort(descending=True).values[num_kept - 1]
+    expected = vector if density == 1 else torch.where(vector.abs() >= least, vector, 0.0)
+    assert torch.equal(trim(vector, density), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("density", [0.4, 1.0])
+def test_blocks_are_no_part_of_the_result(dtype: torch.dtype, density: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, experts = model(dtype)
+    weights = [0.3, -1.2, 0.7]
+    whole = [bits(merge_linear(base, experts, weights)), bits(merge_ties(base, experts, weights, density))]
+    monkeypatch.setattr(methods, "_BLOCK", 7)
+    assert [bits(merge_linear(base, experts, weights)), bits(merge_ties(base, experts, weights, density))] == whole
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_merging_leaves_what_it_merges_alone(dtype: torch.dtype) -> None:
+    base, experts = model(dtype)
+    before = [bits(tensor) for tensor in (base, *experts)]
+    merge_linear(base, experts, [0.3, -1.2, 0.7])
+    merge_ties(base, experts, [0.3, -1.2, 0.7], 0.5)
+    merge_dare(base, experts, [0.3, -1.2, 0.7], 0.5, [0, 1, 2])
+    assert [bits(tensor) for tensor in (base, *experts)] == before

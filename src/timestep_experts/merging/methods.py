@@ -17,6 +17,11 @@ from torch import Tensor
 
 Method: TypeAlias = Literal["linear", "ties", "dare"]
 
+_BLOCK = 2**17
+"""Elements worked on at a time: temporary tensors of a whole layer would be fresh pages of memory at every operation,
+which takes longer than the arithmetic."""
+_COARSE_BITS = 16
+
 
 def task_vector(expert: Tensor, base: Tensor) -> Tensor:
     """How an expert differs from its base, in fp32 or, for an fp64 base, fp64 (DeMe, arXiv 2410.06664, tau_i).
@@ -51,15 +56,17 @@ def merge_linear(base: Tensor, experts: Iterable[Tensor], weights: Sequence[floa
     if not _is_merged(base):
         return base.clone()
     is_copy = [w for w in weights if w != 0] == [1.0]
-    dtype = _compute_dtype(base)
+    wide = base.flatten().to(_compute_dtype(base))
     moved: Tensor | None = None
+    copied: Tensor | None = None
     for _, expert, weight in _active(base, experts, weights):
-        # theta + (theta_i - theta) would round twice: a copy is the difference from nothing.
-        part = expert if is_copy else task_vector(expert, base).mul_(weight)
-        moved = part if moved is None else moved.add_(part)
-    if moved is None or is_copy:
-        return (base if moved is None else moved).to(base.dtype, copy=True)
-    return (base.to(dtype) + moved).to(base.dtype)
+        if is_copy:
+            copied = expert  # theta + (theta_i - theta) would round twice
+        else:
+            moved = _moved_on(moved, wide, expert.flatten(), weight)
+    if moved is None:
+        return (base if copied is None else copied).to(base.dtype, copy=True)
+    return _added(base, wide, (moved[here] for here in _blocks(wide)))
 
 
 def merge_ties(base: Tensor, experts: Iterable[Tensor], weights: Sequence[float], density: float) -> Tensor:
@@ -86,16 +93,18 @@ def merge_ties(base: Tensor, experts: Iterable[Tensor], weights: Sequence[float]
     active = [w for w in weights if w != 0]
     if not _is_merged(base) or (len(active) < 2 and density == 1):
         return merge_linear(base, experts, weights)
-    parts = [trim(task_vector(expert, base), density) * w for _, expert, w in _active(base, experts, weights)]
-    if not parts:
+    wide = base.flatten().to(_compute_dtype(base))
+    flat = [expert.flatten() for _, expert, _ in _active(base, experts, weights)]
+    if not flat:
         return base.clone()
-    elected = torch.where(reduce(torch.add, parts) >= 0, 1.0, -1.0)
-    agreeing = [part.sign() == elected for part in parts]
-    size = reduce(torch.add, [agrees * abs(w) for agrees, w in zip(agreeing, active, strict=True)])
-    total = reduce(torch.add, [torch.full_like(size, abs(w)) for w in active])
-    share = torch.where(size > 0, total / size, 0.0)
-    moved = reduce(torch.add, [part * agrees for part, agrees in zip(parts, agreeing, strict=True)])
-    return (base.to(moved.dtype) + moved * share).to(base.dtype)
+    least = [_least_kept(task_vector(expert, wide), density) for expert in flat]
+
+    def moved(here: slice) -> Tensor:
+        vectors = [_difference(expert, wide, here) for expert in flat]
+        kept = [vector.mul_(vector.abs() >= limit) for vector, limit in zip(vectors, least, strict=True)]
+        return _elected([vector.mul_(weight) for vector, weight in zip(kept, active, strict=True)], active)
+
+    return _added(base, wide, (moved(here) for here in _blocks(wide)))
 
 
 def merge_dare(
@@ -138,13 +147,7 @@ def trim(vector: Tensor, density: float) -> Tensor:
         vector: any shape.
         density: share to keep, in (0, 1]; rounded to a whole number of elements, at least one.
     """
-    size = vector.numel()
-    if density == 1 or size == 0:
-        return vector
-    magnitudes = vector.abs()
-    num_kept = max(1, round(density * size))
-    threshold = magnitudes.flatten().kthvalue(size - num_kept + 1).values
-    return vector * (magnitudes >= threshold)
+    return vector * (vector.abs() >= _least_kept(vector, density))
 
 
 def mask_seed(seed: int, name: str, expert: str) -> int:
@@ -157,6 +160,75 @@ def mask_seed(seed: int, name: str, expert: str) -> int:
     """
     digest = hashlib.sha256(f"{seed}\n{name}\n{expert}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _least_kept(vector: Tensor, density: float) -> Tensor:
+    """The smallest magnitude that `trim` keeps.
+
+    Of fp32 by counting: magnitudes as bits are in the order of integers, so a histogram of their upper halves says in
+    which narrow bin the one that is sought lies, and only that bin is searched.
+    """
+    size = vector.numel()
+    if density == 1 or size == 0:
+        return vector.new_zeros(())
+    rank = size - max(1, round(density * size))  # among ascending magnitudes, from 0
+    flat = vector.flatten()
+    if vector.dtype != torch.float32:
+        return flat.abs().kthvalue(rank + 1).values
+    counts = torch.zeros(2**_COARSE_BITS, dtype=torch.int64, device=vector.device)
+    for here in _blocks(flat):
+        counts += torch.bincount(_upper_half(flat[here]), minlength=len(counts))
+    below = counts.cumsum(0)
+    coarse = int(torch.searchsorted(below, rank, right=True))
+    within = torch.cat([part[_upper_half(part) == coarse] for part in (flat[here] for here in _blocks(flat))])
+    return within.abs().kthvalue(rank - int(below[coarse] - counts[coarse]) + 1).values
+
+
+def _upper_half(vector: Tensor) -> Tensor:
+    """The upper half of the bits of fp32 magnitudes."""
+    return vector.abs().view(torch.int32) >> (32 - _COARSE_BITS)
+
+
+def _elected(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """What contributions move an element by, once those of the other sign than the elected one are left out."""
+    positive = reduce(torch.add, parts) >= 0
+    agreeing = [torch.where(positive, part > 0, part < 0) for part in parts]
+    size = reduce(torch.add, [agrees * abs(w) for agrees, w in zip(agreeing, weights, strict=True)])
+    total = reduce(torch.add, [torch.full_like(size, abs(w)) for w in weights])
+    share = torch.where(size > 0, total / size, 0.0)
+    return reduce(torch.add, [part * agrees for part, agrees in zip(parts, agreeing, strict=True)]) * share
+
+
+def _moved_on(moved: Tensor | None, wide: Tensor, expert: Tensor, weight: float) -> Tensor:
+    """``moved + weight * (expert - wide)`` in the place of ``moved``; all flat."""
+    if moved is None:
+        first = torch.empty_like(wide)
+        for here in _blocks(wide):
+            torch.mul(_difference(expert, wide, here), weight, out=first[here])
+        return first
+    for here in _blocks(wide):
+        moved[here].add_(_difference(expert, wide, here).mul_(weight))
+    return moved
+
+
+def _difference(expert: Tensor, wide: Tensor, here: slice) -> Tensor:
+    return expert[here].to(wide.dtype) - wide[here]
+
+
+def _added(base: Tensor, wide: Tensor, moved: Iterable[Tensor]) -> Tensor:
+    """``wide + moved`` in the base's shape and dtype; ``moved`` comes block by block."""
+    merged = torch.empty_like(base, memory_format=torch.contiguous_format)
+    flat = merged.view(-1)
+    for here, part in zip(_blocks(wide), moved, strict=True):
+        flat[here] = wide[here] + part
+    return merged
+
+
+def _blocks(flat: Tensor) -> list[slice]:
+    """Slices that cover a flat tensor, each so small that what is computed of it stays in a processor's cache."""
+    size = flat.numel() or 1
+    block = _BLOCK if flat.device.type == "cpu" else size
+    return [slice(start, start + block) for start in range(0, flat.numel(), block)]
 
 
 def _active(base: Tensor, experts: Iterable[Tensor], weights: Sequence[float]) -> Iterator[tuple[int, Tensor, float]]:
