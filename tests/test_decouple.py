@@ -259,13 +259,14 @@ def test_the_record_says_where_projections_went(run: Path, base: Path, tmp_path:
 # Sampling
 
 
-def test_an_ensemble_draws(run: Path, tmp_path: Path) -> None:
+def test_an_ensemble_draws_the_same_with_one_or_all_of_its_experts_in_memory(run: Path, tmp_path: Path) -> None:
     options = ("--steps", 4, "--prompt", "a red star", "--height", 16, "--width", 16)
-    outcome = call("sample", "--ensemble", run, "--output", tmp_path, *options)
-    assert outcome.code == 0, outcome.err
-    assert "experts were put into the denoiser 2 times" in outcome.out
-    assert "4 denoiser calls" in outcome.out
-    assert (tmp_path / "000000.png").is_file()
+    for resident in ("one", "all"):
+        outcome = call("sample", "--ensemble", run, "--output", tmp_path / resident, "--resident", resident, *options)
+        assert outcome.code == 0, outcome.err
+        assert "experts were put into the denoiser 2 times" in outcome.out
+        assert "4 denoiser calls" in outcome.out
+    assert (tmp_path / "one" / "000000.png").read_bytes() == (tmp_path / "all" / "000000.png").read_bytes()
 
 
 def test_a_base_without_text_is_decoupled_merged_and_drawn(data: Path, tmp_path: Path) -> None:
@@ -330,6 +331,12 @@ def test_what_is_no_ensemble_is_said(run: Path, base: Path, tmp_path: Path) -> N
         shutil.copytree(run / "range-0", tmp_path / name)
     assert "has 2 experts of range 0; each of 2 ranges needs one" in refused(
         "sample", "--ensemble", tmp_path, "--prompt", "a"
+    )
+    assert "unknown resident 'two': allowed are one, all" in refused(
+        "sample", "--ensemble", run, "--prompt", "a", "--resident", "two"
+    )
+    assert "--resident has no meaning without --ensemble" in refused(
+        "sample", run, "--prompt", "a", "--resident", "all"
     )
     assert "mode 'switch' is for bundles" in refused("sample", "--ensemble", run, "--prompt", "a", "--mode", "switch")
     with pytest.raises(ValueError, match="is no expert's folder: the metadata of its weights lacks"):

@@ -175,6 +175,9 @@ def sample(
     prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.")],
     bundle: Annotated[Path | None, typer.Argument(help="A bundle's folder.")] = None,
     ensemble: Annotated[Path | None, typer.Option(help="Or a run's folder of decoupled experts, not merged.")] = None,
+    resident: Annotated[
+        str | None, typer.Option(help="Of an ensemble: one expert in memory at a time (default), or all.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Where to put pictures and a contact sheet.")] = Path("samples"),
     model: Annotated[str | None, typer.Option(help="The base; default: the one the bundle was made on.")] = None,
     mode: Annotated[str | None, typer.Option(help="switch, route or off; default: the bundle's own.")] = None,
@@ -198,8 +201,10 @@ def sample(
     settings = DrawSettings(model, mode, scheduler, steps, guidance, seed, height, width, num_frames, fps)
     if (bundle is None) == (ensemble is None):
         raise ValueError("give either a bundle's folder or --ensemble")
+    if resident is not None and ensemble is None:
+        raise ValueError("--resident has no meaning without --ensemble: a bundle's experts are always there")
     if ensemble is not None:
-        paths, cost, num_swaps = draw_ensemble(ensemble, prompt, output, settings)
+        paths, cost, num_swaps = draw_ensemble(ensemble, prompt, output, settings, resident or "one")
         console.print(f"experts were put into the denoiser {num_swaps:,} times")
     elif bundle is not None:
         paths, cost = draw(bundle, prompt, output, settings)

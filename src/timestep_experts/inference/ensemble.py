@@ -122,7 +122,7 @@ class _Source:
 
 
 def attach_ensemble(
-    pipeline: Any, experts: Sequence[Path | str], partition: Partition, resident: Resident = "one"
+    pipeline: Any, experts: Sequence[Path | str], partition: Partition, resident: str = "one"
 ) -> Ensemble:
     """Make a pipeline use, at every step, the expert that owns its timestep. It is then used as always.
 
@@ -140,7 +140,8 @@ def attach_ensemble(
         ValueError: the experts do not fit the pipeline or the ranges; the pipeline stays as it was.
     """
     denoiser = denoiser_of(pipeline)
-    if resident not in get_args(Resident):
+    known: Resident | None = next((kind for kind in get_args(Resident) if kind == resident), None)
+    if known is None:
         raise ValueError(f"unknown resident {resident!r}: allowed are {', '.join(get_args(Resident))}")
     if any(isinstance(getattr(pipeline, name, None), nn.Module) for name in SECOND_DENOISERS):
         raise ValueError(f"a {type(pipeline).__name__} with two denoisers takes no ensemble; it takes one denoiser")
@@ -151,7 +152,7 @@ def attach_ensemble(
     total = pipeline.scheduler.config["num_train_timesteps"]
     if partition.num_train_timesteps != total:
         raise ValueError(f"the ranges end at {partition.num_train_timesteps:g}; this pipeline has {total} timesteps")
-    return Ensemble(denoiser, [Path(expert) for expert in experts], partition, resident)
+    return Ensemble(denoiser, [Path(expert) for expert in experts], partition, known)
 
 
 def attach_projections(pipeline: Any, folder: Path | str) -> Projections | None:

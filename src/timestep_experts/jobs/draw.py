@@ -103,7 +103,7 @@ def _draw(
 
 
 def draw_ensemble(
-    experts: Path, prompts: Sequence[str], output: Path, settings: DrawSettings
+    experts: Path, prompts: Sequence[str], output: Path, settings: DrawSettings, resident: str = "one"
 ) -> tuple[list[Path], DrawingCost, int]:
     """Draw with decoupled experts that are not merged, each at its own timesteps.
 
@@ -114,6 +114,7 @@ def draw_ensemble(
         prompts: one per picture or clip.
         output: where to.
         settings: see there; ``mode`` does not apply.
+        resident: whether ``one`` expert or ``all`` are in memory; see `attach_ensemble`.
 
     Returns:
         As `draw`, and how often another expert was put into the denoiser.
@@ -126,7 +127,7 @@ def draw_ensemble(
     folders, partition, record = find_experts(experts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family = load_family(resolve_model(settings.model or record.base_model), device)
-    ensemble = attach_ensemble(family.pipeline(), folders, partition)
+    ensemble = attach_ensemble(family.pipeline(), folders, partition, resident)
     trained = _trained_media(record.provenance.get("recipe", {}), family)
     paths, cost = _draw(family, trained, record.provenance, prompts, output, settings)
     return paths, cost, ensemble.num_swaps
