@@ -198,6 +198,9 @@ def test_what_cannot_be_merged_is_one_clear_error(base: Path, data: Path, tmp_pa
         said("b", arms=copies(rank=4))
         == "recipe.arms.copies: merge.rank: copies are merged into a copy, which has no rank"
     )
+    wide = "merge.rank: the experts have 10 together, so a LoRA of 11 is too wide"
+    assert wide in said("h", merge=MERGE | {"rank": 11}, arms={})
+    assert "recipe.arms.copies.merge.grid" in said("i", arms=copies(grid=[]))
     assert "not all projections of kind paper fold" in said("c", arms=copies(decouple={"projection": "paper"}))
     assert "unknown key; did you mean 'refinements'?" in said("d", arms=copies(refinement=4))
     distilled = {"distill": {"timesteps": [999, 499]}, "merge": MERGE | {"rank": 2}}

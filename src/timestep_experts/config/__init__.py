@@ -117,13 +117,19 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _merged_into_what(self) -> Recipe:
-        if self.merge is not None and self.is_decoupled == (self.merge.rank is not None):
+        if self.merge is None:
+            return self
+        if self.is_decoupled == (self.merge.rank is not None):
             needed = "copies are merged into a copy, which has no rank" if self.is_decoupled else "a LoRA needs a rank"
             raise ValueError(f"merge.rank: {needed}")
-        if self.merge is not None and self.distill is not None:
+        most = sum(scale.rank * scale.num_experts for scale in self.experts.scales)
+        if self.merge.rank is not None and self.merge.rank > most:
+            raise ValueError(
+                f"merge.rank: the experts have {most} together, so a LoRA of {self.merge.rank} is too wide"
+            )
+        if self.distill is not None:
             raise ValueError("merge: weights are chosen by the denoising loss, which a distilled generator has none of")
-        is_kept = self.decouple is not None and self.is_decoupled and self.decouple.projection == "paper"
-        if self.merge is not None and is_kept:
+        if self.decouple is not None and self.is_decoupled and self.decouple.projection == "paper":
             raise ValueError("merge: not all projections of kind paper fold; use decouple.projection: foldable")
         return self
 

@@ -6,7 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 Share: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
@@ -213,7 +222,7 @@ class MergeConfig(Strict):
     method: Literal["quadratic", "grid", "cma"] = "quadratic"
     objective: Literal["mean", "ranges"] = Field("mean", description="the loss, or its ratios to the base's by range")
     refinements: PositiveInt = Field(10, description="evaluations of quadratic after its first points, at most")
-    grid: tuple[float, ...] = Field((0.0, 0.25, 0.5, 0.75, 1.0), description="values of every weight")
+    grid: tuple[FiniteFloat, ...] = Field((0.0, 0.25, 0.5, 0.75, 1.0), min_length=1, description="values of a weight")
     budget: PositiveInt = Field(100, description="evaluations of cma, at most")
     num_pictures: PositiveInt = Field(32, description="per bin of timesteps, for one evaluation")
     bins_per_interval: PositiveInt = 1
