@@ -21,7 +21,7 @@ quickstart: $(INSTALLED)  ## Train and compare timestep experts on the embedded 
 
 WORK := work/cifar10
 SEEDS ?= 0 1
-BASE_STEPS ?= 3600
+BASE_STEPS ?= 3000
 
 cifar10: $(WORK)/base/model_index.json $(WORK)/features.safetensors  ## Compare decoupled experts with finetunes on an archive (CIFAR10=file.npz; about two hours)
 	$(BIN)/python benchmarks/deme.py recipes/cifar10.yaml --seeds $(SEEDS) --output benchmarks/results/cifar10.json
