@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart cifar10 test test-slow lint types format clean assets
+.PHONY: help .venv quickstart cifar10 bench test test-slow lint types format clean assets
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +36,9 @@ $(WORK)/base/model_index.json: | $(WORK)/pictures/report/metadata.jsonl
 $(WORK)/features.safetensors: | $(WORK)/pictures/report/metadata.jsonl
 	$(BIN)/python benchmarks/picture_features.py --pictures $(WORK)/pictures/train \
 		--held-out $(WORK)/pictures/choose --output $@
+
+bench: $(INSTALLED)  ## Measure what experts cost in time and memory (BENCH='--sections layers' for a part)
+	$(BIN)/python benchmarks/speed.py $(BENCH)
 
 test: lint types  ## Run all checks, then the fast tests
 	$(BIN)/pytest

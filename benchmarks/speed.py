@@ -1,0 +1,182 @@
+"""What experts cost in time and memory, beside the bare base and PEFT's LoRA, as ratios inside one run.
+
+Run: python benchmarks/speed.py                                  (or make bench)
+     python benchmarks/speed.py --sections layers growth --rounds 9
+
+Prints tables and writes results/speed_<device>.json, speed_<device>.png and speed_growth_<device>.png; a section that
+is not run again stays in the file. Sections:
+
+layers      one linear layer or convolution at the widths of known models
+denoisers   whole networks of random weights, experts on attention as in the papers
+world       pictures per second of the embedded Stable Diffusion, through its pipeline
+growth      cost against the number of experts, of contexts, rank, batch and tokens, beside a formula
+
+Every variant runs once per round, in an order that moves on, after a warm-up; a ratio is the median over rounds of its
+time over the base's in the same round. On a GPU: CUDA events, bf16, torch.compile with CUDA graphs. On the CPU: fp32,
+and torch.compile on single layers alone unless --compile asks for all. docs/performance.md says what each variant is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import peft
+import torch
+from diffusers.utils import logging
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from speed_cases import Case, denoiser_cases, layer_cases
+from speed_growth import Sizes, describe, grow
+from speed_passes import Findings, Setting, build, compiler_problem, measure
+from speed_report import print_tables, save_growth, save_ratios
+from speed_timing import Budget
+from speed_variants import PASSES, VARIANTS, Form
+from speed_world import draw
+from timestep_experts.formats.atomic import write_json
+
+SECTIONS = ("layers", "denoisers", "world", "growth")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RESULTS = Path(__file__).parent / "results"
+FORM = Form(num_experts=8, rank=4)
+
+
+def main() -> None:
+    """Measure the sections that were asked for; write after each."""
+    options = parse()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    device = choose_device(options.device)
+    dtype = DTYPES[options.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    output = options.output / f"speed_{device.type}.json"
+    budget = Budget(options.rounds or 15, options.seconds)
+    if options.quick:
+        budget = Budget(2, 1, min_seconds=0.001)
+    setting = Setting(device, dtype, budget)
+    console = Console(width=max(Console().width, 130))
+    document = json.loads(output.read_text()) if output.exists() else {"sections": {}}
+    problem = "" if options.compile is False else compiler_problem(device)
+    for section in SECTIONS:
+        if section not in options.sections:
+            continue
+        findings = Findings()
+        for compiled in kinds(section, options.compile, problem, device, findings):
+            more = run_section(section, replace(setting, compiled=compiled), options.quick, console)
+            findings.rows += more.rows
+            findings.skipped += more.skipped
+        about = environment(setting, options.quick)
+        document["sections"][section] = {"environment": about, "rows": findings.rows, "skipped": findings.skipped}
+        write_json(output, document)
+        print_tables(console, section, findings.rows, findings.skipped)
+    draw_figures(document, output, device)
+
+
+def parse() -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument(
+        "--rounds", type=int, help="at most so many (15; fewer where a round takes long, never below 3)"
+    )
+    parser.add_argument("--seconds", type=float, default=60, help="about so long for the rounds of one case and pass")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="bf16 on a GPU, fp32 on the CPU")
+    help_compile = "everywhere, or nowhere; left out, on a GPU everywhere and on the CPU for single layers"
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help=help_compile)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, two rounds: whether it runs, not how fast")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the folder")
+    options = parser.parse_args()
+    if options.rounds is not None and options.rounds < 1:
+        parser.error(f"--rounds must be at least 1; got {options.rounds}")
+    if options.quick and options.output == RESULTS:
+        parser.error("--quick measures nothing: name another folder with --output")
+    return options
+
+
+def choose_device(name: str) -> torch.device:
+    """The one asked for; a GPU if there is one."""
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and found != "cuda":
+        raise SystemExit("--device cuda: torch sees no CUDA device here")
+    return torch.device(found if name == "auto" else name)
+
+
+def kinds(section: str, asked: bool | None, problem: str, device: torch.device, findings: Findings) -> Iterator[bool]:
+    """Eager, and compiled where that is wanted and works; what is left out is said."""
+    yield False
+    everywhere = device.type == "cuda" or section == "layers"
+    if section == "growth" or asked is False:
+        return
+    if asked is None and not everywhere:
+        reason = "compiling takes long on a CPU; --compile asks for it"
+    elif problem:
+        reason = problem
+    else:
+        yield True
+        return
+    findings.skipped.append({"case": "all", "pass": "compiled", "compiled": True, "variant": "all", "reason": reason})
+
+
+def run_section(section: str, setting: Setting, quick: bool, console: Console) -> Findings:
+    """All cases of a section under all passes, eager or compiled."""
+    if section == "world":
+        return draw(setting, FORM, quick=quick)
+    if section == "growth":
+        return grow(replace(setting, memory=False), quick=quick)
+    list_cases: dict[str, Callable[..., list[Case]]] = {"layers": layer_cases, "denoisers": denoiser_cases}
+    findings = Findings()
+    for case in list_cases[section](setting.device, quick=quick):
+        base = build(case, setting)
+        for kind in PASSES:
+            with console.status(f"{case.name}, {kind}{', compiled' if setting.compiled else ''}"):
+                more = measure(case, base, kind, VARIANTS, FORM, setting)
+            findings.rows += more.rows
+            findings.skipped += more.skipped
+    return findings
+
+
+def environment(setting: Setting, quick: bool) -> dict[str, Any]:
+    """What the numbers depend on."""
+    is_cuda = setting.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name() if is_cuda else processor(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "peft": peft.__version__,
+        "num_experts": FORM.num_experts,
+        "rank": FORM.rank,
+        "quick": quick,
+        "memory": "max_memory_allocated" if is_cuda else "torch.profiler",
+    }
+
+
+def processor() -> str:
+    """The CPU's name, where Linux tells it."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text(encoding="utf-8").splitlines() if about.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def draw_figures(document: dict[str, Any], output: Path, device: torch.device) -> None:
+    """Of all sections in the file, those of earlier runs too."""
+    sections = {name: document["sections"][name]["rows"] for name in SECTIONS if name in document["sections"]}
+    about = next(iter(document["sections"].values()))["environment"]
+    machine = f"{about['device']}, {about['dtype']}, {about['threads']} thread(s)"
+    save_ratios(output.with_suffix(".png"), sections, f"{machine}; rank {FORM.rank}, {FORM.num_experts} experts")
+    grown = f"One linear layer, one size changed at a time from {describe(Sizes())}; {machine}"
+    save_growth(output.with_name(f"speed_growth_{device.type}.png"), sections.get("growth", []), grown)
+
+
+if __name__ == "__main__":
+    main()
