@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -144,7 +145,7 @@ def test_layer_answers_for_its_base(unet):
 
 @pytest.mark.parametrize("name", SETS)
 def test_zero_b_changes_no_bit_in_any_mode(unet, name):
-    expected = predict(unet, MIXED_T)
+    expected, expected_at_one = predict(unet, MIXED_T), predict(unet, 640)
     mixture = equipped(unet, SETS[name])
     for scale in mixture.spec.scales:
         for stack in mixture.stacks(scale.name):
@@ -152,6 +153,7 @@ def test_zero_b_changes_no_bit_in_any_mode(unet, name):
     for mode in MODES:
         mixture.mode = mode
         assert torch.equal(predict(unet, MIXED_T), expected)
+        assert torch.equal(predict(unet, 640), expected_at_one)
     for fostered in ([scale.name] for scale in mixture.spec.scales):
         mixture.foster(*fostered)
         assert torch.equal(predict(unet, MIXED_T), expected)
@@ -180,6 +182,9 @@ def test_zero_router_routes_like_switching_to_the_bit(unet, numbers, resting_gat
     mixture.mode = "route"
     assert max_error(switched, base) > 1e-3  # the experts are heard
     assert torch.equal(predict(unet, MIXED_T), switched)
+    routed = predict(unet, 640)
+    mixture.mode = "switch"
+    assert torch.equal(predict(unet, 640), routed)
 
 
 def test_resting_gate_decides_whether_contexts_are_switched_in():
@@ -242,12 +247,23 @@ def test_gates_of_one_sample_ignore_the_others(unet, gate):
         assert max_error(one[1], two[1]) > 1e-3
 
 
-@pytest.mark.parametrize("mode", ["switch", "route"])
+@pytest.mark.parametrize("mode", ["foster", "switch", "route"])
 def test_one_timestep_is_spread_over_a_guidance_batch(unet, mode):
-    equipped(unet, mode=mode)
-    expected = predict(unet, torch.full((6,), 640), num_samples=6)
-    for t in (torch.tensor(640), torch.tensor([640]), 640, torch.tensor(640.0)):
+    mixture = equipped(unet, SETS["8|4,1"], mode)
+    if mode == "foster":
+        mixture.foster("n8", "n4")
+    expected = predict(unet, torch.tensor(640), num_samples=6)
+    for t in (
+        torch.tensor([640]),
+        640,
+        torch.tensor(640.0),
+        torch.tensor(640).expand(6),
+        torch.tensor([640]).expand(6),
+    ):
         assert torch.equal(predict(unet, t, num_samples=6), expected)
+        assert mixture.timesteps.tolist() == [640] * 6
+    # one product for all samples, or one for each: fp32 outputs near 1, summed in another order
+    assert max_error(predict(unet, torch.full((6,), 640), num_samples=6), expected) <= 1e-5
     assert max_error(predict(unet, 90, num_samples=6), expected) > 1e-2
 
 
@@ -285,7 +301,10 @@ def test_frames_of_a_sample_share_its_timestep(layer, mode):
         loop = torch.stack(
             [torch.cat([net(video[i, f][None, None], MIXED_T[i])[0] for f in range(4)]) for i in range(3)]
         )
+        shared = net(video, MIXED_T[1])
+        per_sample = net(video, MIXED_T[1].repeat(3))
     assert max_error(batch, loop) <= 1e-6  # fp32, one layer, values near 1
+    assert max_error(shared, per_sample) <= 1e-6
 
 
 # Formulas
@@ -333,6 +352,22 @@ def test_ungated_core_is_base_plus_the_low_rank_update(carrier, t):
         expected = layer(x) + explicit_delta(mixture.layers["layer"], spec.scales[0], x, t)
         # fp64 but for alpha / r, which is scaled in fp32: 6e-8 of an update below 10.
         assert max_error(net(x, t), expected) <= 2e-6
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+@given(carrier=carriers(), t=st.integers(0, 8000).map(lambda eighths: eighths / 8))
+def test_a_shared_timestep_says_what_one_per_sample_says(carrier, t):
+    layer, x, spec = carrier
+    (core,) = spec.scales
+    contexts = [replace(core, name=f"c{n}", partition=Partition.uniform(n), gated=True) for n in (3, 1)]
+    spec = MixtureSpec((core, *contexts))
+    net, mixture = attach_to_layer(layer, spec, "switch")
+    net.double()
+    for mode in ("switch", "route"):
+        mixture.mode = mode
+        with torch.no_grad():
+            # fp64 but for alpha / r and the gates, which are fp32: 6e-8 of updates below 100
+            assert max_error(net(x, torch.tensor(t)), net(x, torch.full((3,), t))) <= 1e-5
 
 
 ROUTED_LAYERS = {
@@ -392,6 +427,19 @@ def test_route_is_base_plus_core_plus_gated_contexts(kind, router_input, gate, k
         expected = positions_last_to_middle(layer.base_layer(x), layer.base_layer) + deltas[0] + contexts
     assert contexts.abs().max() > 1e-2
     assert max_error(y, expected) <= 2e-6  # fp32, values near 1
+
+
+@pytest.mark.parametrize("options", [{}, {"gate": "token"}, {"router_input": "t"}], ids=str)
+def test_gates_are_recorded_per_sample_though_the_timestep_is_shared(options):
+    net, mixture = attach_to_layer(nn.Linear(6, 4), MixtureSpec(scales(8, 4, 1), **options), "route")
+    x = normal(3, 7, 6)
+    logs = []
+    for t in (torch.tensor(640.0), torch.full((3,), 640.0)):
+        with torch.no_grad(), mixture.recorded_gates() as log:
+            net(x, t)
+        logs.append(log["layer"][0])
+    assert logs[0].shape[0] == 3
+    assert torch.equal(*logs)
 
 
 def test_symmetric_mixture_gates_every_scale():
@@ -527,6 +575,18 @@ def test_only_the_owning_expert_gets_a_gradient(unet, mode):
             assert set(gradient.any(1).nonzero().flatten().tolist()) == {130, 999}, key
         elif mode != "route":
             assert gradient is None, key
+
+
+def test_a_shared_timestep_trains_like_one_per_sample(unet):
+    mixture = equipped(unet, SETS["8|4,1"])
+    latents, text = unet_inputs(3)
+    found = []
+    for t in (torch.tensor(640.0), torch.full((3,), 640.0)):
+        unet.zero_grad()
+        unet(latents, t, text).sample.square().mean().backward()
+        found.append({key: gradient.clone() for key, gradient in gradients(mixture).items()})
+    for key, gradient in found[0].items():
+        assert max_error(gradient, found[1][key]) <= 1e-5 * max(1, gradient.abs().max().item()), key
 
 
 @pytest.mark.parametrize("mode", ["switch", "route"])

@@ -298,9 +298,10 @@ class _TimestepReader:
             sample = args[0] if args else kwargs[self.first]
             t = kwargs[self.argument] if self.argument in kwargs else args[self.position]
             t = t if isinstance(t, Tensor) else torch.tensor([t])  # as_tensor would recompile at every new number
+            t = t[:1] if t.dim() and t.stride(0) == 0 else t  # one for all samples, which a pipeline has expanded
             t = t.flatten(1).amax(1) if t.dim() > 1 else t  # one per token: those of a given frame are not noisy
             t = t.to(sample.device).reshape(-1).float() * self.scale
-            self.binding.route_to(t.expand(sample.shape[0]) if t.shape[0] == 1 else t)
+            self.binding.route_to(t, sample.shape[0])
         elif not self.binding.is_bound:
             self.binding.routing = None  # the denoiser's latest timestep is not that of a text
         if torch.is_grad_enabled():
