@@ -4,6 +4,7 @@ Run: python benchmarks/layer_overhead.py            (one minute; prints a table,
 
 Linear 640 -> 640 on 8 x 1024 tokens, and Conv2d 320 -> 320, kernel 3, on 8 x 32 x 32; rank 4; fp32 on the CPU. Variants
 are timed in turn, round after round, and the ratio is the median over rounds, so that a busy moment hits all of them.
+Samples have timesteps of their own, as in training, or share one, as in pipelines; folded ones only so.
 """
 
 from __future__ import annotations
@@ -52,15 +53,19 @@ def main() -> None:
         "Linear 640": (nn.Linear(640, 640), torch.randn(8, 1024, 640)),
         "Conv2d 320, 3x3": (nn.Conv2d(320, 320, 3, padding=1), torch.randn(8, 320, 32, 32)),
     }
-    table = Table("layer", "variant", "forward", "forward and backward", title="time relative to the bare layer")
+    columns = ("forward", "forward and backward", "forward, one timestep")
+    table = Table("layer", "variant", *columns, title="time relative to the bare layer")
     results = []
     for name, (layer, x) in layers.items():
         variants = make_variants(layer)
         forward = relative_times({key: forward_of(model, x) for key, model in variants.items()}, options.rounds)
         both = relative_times({key: training_of(model, x) for key, model in variants.items()}, options.rounds)
+        variants["switch, folded"] = make_folded(layer)
+        shared = relative_times({key: forward_of(m, x, is_shared=True) for key, m in variants.items()}, options.rounds)
         for key in variants:
-            table.add_row(name, key, f"{forward[key]:.2f}", f"{both[key]:.2f}")
-            results.append({"layer": name, "variant": key, "forward": forward[key], "forward_backward": both[key]})
+            times = {"forward": forward.get(key), "forward_backward": both.get(key), "forward_shared": shared[key]}
+            table.add_row(name, key, *("" if time is None else f"{time:.2f}" for time in times.values()))
+            results.append({"layer": name, "variant": key, **times})
     Console().print(table)
     environment = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     options.output.write_text(json.dumps({"environment": environment, "results": results}, indent=2) + "\n")
@@ -77,9 +82,18 @@ def make_variants(layer: nn.Module) -> dict[str, Denoiser]:
     return {"bare": bare, "PEFT LoRA": lora, "switch, 8 experts": switched, "route, 8 experts + context": routed}
 
 
-def forward_of(model: Denoiser, x: Tensor) -> Callable[[], None]:
-    """A forward pass at mixed timesteps."""
-    t = torch.linspace(0, 999, len(x))
+def make_folded(layer: nn.Module) -> Denoiser:
+    """The mixture switched, its experts in the weight."""
+    folded = Denoiser(copy.deepcopy(layer)).eval()
+    mixture = Mixture.attach(folded, MixtureSpec((Scale("n8", Partition.uniform(8), RANK, RANK),)), ["layer"])
+    mixture.mode = "switch"
+    mixture.fold()
+    return folded
+
+
+def forward_of(model: Denoiser, x: Tensor, *, is_shared: bool = False) -> Callable[[], None]:
+    """A forward pass at mixed timesteps, or at one."""
+    t = torch.tensor(437.0) if is_shared else torch.linspace(0, 999, len(x))
 
     @torch.no_grad()
     def run() -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.utils import counters
@@ -19,6 +19,8 @@ from conftest import (
     TARGETS,
     OneLayer,
     attach_to_layer,
+    carriers,
+    count_graphs,
     max_error,
     normal,
     randomise,
@@ -308,37 +310,6 @@ def test_frames_of_a_sample_share_its_timestep(layer, mode):
 
 
 # Formulas
-
-
-@st.composite
-def carriers(draw):
-    """A layer, an input for it, and a spec of one ungated scale."""
-    dimensions = draw(st.integers(0, 3))
-    rank = draw(st.integers(1, 3))
-    n, alpha = draw(st.integers(1, 5)), draw(st.sampled_from([1, 2, 8]))
-    in_features, out_features = draw(st.integers(1, 6)), draw(st.integers(1, 6))
-    bias, seed = draw(st.booleans()), draw(st.integers(0, 99))
-    if dimensions == 0:
-        layer = nn.Linear(in_features, out_features, bias, dtype=torch.double)
-        positions = draw(st.sampled_from([(), (4,), (2, 3)]))
-        x = normal(3, *positions, in_features, seed=seed, dtype=torch.double)
-    else:
-        groups = draw(st.integers(1, 3))
-        sizes = st.tuples(*[st.integers(1, 3)] * dimensions)
-        kernel, dilation = draw(sizes), draw(sizes)
-        padding = draw(st.sampled_from(["same", "valid", 0, 1, 2]))
-        stride = 1 if padding == "same" else draw(sizes)
-        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
-        layer = convolution(
-            in_features * groups, out_features * groups, kernel, stride, padding, dilation, groups, bias
-        ).double()
-        space = draw(st.tuples(*[st.integers(3, 7)] * dimensions))
-        x = normal(3, in_features * groups, *space, seed=seed, dtype=torch.double)
-        margin = 0 if isinstance(padding, str) else 2 * padding
-        reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        assume(padding == "same" or all(s + margin > r for s, r in zip(space, reach, strict=True)))
-        rank *= groups
-    return layer, x, MixtureSpec((Scale("core", Partition.uniform(n), rank, alpha),))
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
@@ -742,6 +713,14 @@ def test_compiled_unet_is_not_recompiled_as_t_changes(unet, form):
     spread = torch.tensor if form == "scalar" else lambda t: torch.tensor([t, 999 - t])
     with torch.set_grad_enabled(form != "scalar"):
         assert graphs_after_warm_up(Tensors(unet), unet_inputs(2), spread) == 0
+
+
+@pytest.mark.parametrize("mode", ["switch", "route"])
+def test_a_schedule_is_compiled_at_its_first_step_with_one_break_at_most(unet, mode):
+    mixture = randomise(Mixture.attach(unet, MixtureSpec(scales(8, 4, 1, resting_gate=0.5)), ["to_q", "to_k", "conv1"]))
+    mixture.mode = mode
+    graphs, later, breaks = count_graphs(unet)
+    assert (1 <= graphs <= 2, later, breaks <= 1) == (True, 0, True)  # the hook is a graph of its own
 
 
 @pytest.mark.parametrize(

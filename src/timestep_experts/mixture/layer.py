@@ -27,11 +27,13 @@ class Routing:
         t: ``(B,)`` fp32.
         owners: ``(B,)`` int64 by scale.
         is_shared: one timestep was given for all samples, as pipelines do; then t and owners repeat one value.
+        is_folded: the owners' experts stand in the weights of the denoiser's folded layers.
     """
 
     t: Tensor
     owners: dict[str, Tensor]
     is_shared: bool
+    is_folded: bool = False
 
     def spread(self, values: Tensor, num_rows: int) -> Tensor:
         """Of one value per sample ``(B,)`` those of a layer's rows; a single one ``(1,)`` where it is shared."""
@@ -109,6 +111,7 @@ class MixtureLayer(nn.Module):
         self.name = name
         self.binding = binding
         self.dropout = spec.dropout
+        self.is_folded = False  # whether experts stand in the base layer's weight, see `Folding`
         self.geometry = LayerGeometry.of(base_layer, name)
         if spec.gate == "token" and spec.gated_scales and not self.geometry.keeps_positions:
             raise ValueError(
@@ -152,10 +155,16 @@ class MixtureLayer(nn.Module):
         nothing leaves switching unchanged to the bit, which one joint product over all ranks would not.
         """
         y: Tensor = self.base_layer(x)
-        binding = self.binding
+        binding, routing = self.binding, self.binding.routing
+        if self.is_folded:
+            if binding.mode != "switch" or routing is None or not routing.is_folded:
+                raise RuntimeError(
+                    f"{self.name}: experts are folded into this layer's weight, for calls of the whole denoiser alone;"
+                    " Mixture.unfold() first"
+                )
+            return y
         if binding.mode == "off":
             return y
-        routing = binding.routing
         if routing is None:
             raise RuntimeError(
                 f"{self.name}: the experts know no timestep. Call the denoiser itself (its hook reads the timestep),"
