@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from hypothesis import settings
+from hypothesis import assume, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from timestep_experts.data import EncodedPictures
@@ -81,6 +83,25 @@ def max_error(actual: Tensor, expected: Tensor) -> float:
     return (actual.double() - expected.double()).abs().max().item()
 
 
+def count_graphs(unet: UNet2DConditionModel) -> tuple[int, int, int]:
+    """Compile a UNet, run it through a schedule, check what it says.
+
+    Returns:
+        The graphs of the first step, those of all later ones, and the breaks between graphs.
+    """
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(unet, backend="eager")
+    latents, text = unet_inputs(2)
+    graphs = []
+    with torch.no_grad():
+        for t in map(torch.tensor, (999, 981, 640, 631, 130, 1)):
+            y = compiled(latents, t, text).sample
+            graphs.append(counters["stats"]["unique_graphs"])
+            assert max_error(y, unet(latents, t, text).sample) <= 1e-6  # the same kernels, called by the graph
+    return graphs[0], graphs[-1] - graphs[0], sum(counters["graph_break"].values())
+
+
 class OneLayer(nn.Module):
     """A denoiser that is a single layer, for formulas."""
 
@@ -98,6 +119,37 @@ def attach_to_layer(layer: nn.Module, spec: MixtureSpec, mode: str = "off") -> t
     mixture = randomise(Mixture.attach(net, spec, ["layer"]))
     mixture.mode = mode
     return net, mixture
+
+
+@st.composite
+def carriers(draw):
+    """A layer, an input for it, and a spec of one ungated scale."""
+    dimensions = draw(st.integers(0, 3))
+    rank = draw(st.integers(1, 3))
+    n, alpha = draw(st.integers(1, 5)), draw(st.sampled_from([1, 2, 8]))
+    in_features, out_features = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    bias, seed = draw(st.booleans()), draw(st.integers(0, 99))
+    if dimensions == 0:
+        layer = nn.Linear(in_features, out_features, bias, dtype=torch.double)
+        positions = draw(st.sampled_from([(), (4,), (2, 3)]))
+        x = normal(3, *positions, in_features, seed=seed, dtype=torch.double)
+    else:
+        groups = draw(st.integers(1, 3))
+        sizes = st.tuples(*[st.integers(1, 3)] * dimensions)
+        kernel, dilation = draw(sizes), draw(sizes)
+        padding = draw(st.sampled_from(["same", "valid", 0, 1, 2]))
+        stride = 1 if padding == "same" else draw(sizes)
+        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+        layer = convolution(
+            in_features * groups, out_features * groups, kernel, stride, padding, dilation, groups, bias
+        ).double()
+        space = draw(st.tuples(*[st.integers(3, 7)] * dimensions))
+        x = normal(3, in_features * groups, *space, seed=seed, dtype=torch.double)
+        margin = 0 if isinstance(padding, str) else 2 * padding
+        reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        assume(padding == "same" or all(s + margin > r for s, r in zip(space, reach, strict=True)))
+        rank *= groups
+    return layer, x, MixtureSpec((Scale("core", Partition.uniform(n), rank, alpha),))
 
 
 def tiny_tokenizer(words: list[str], length: int) -> CLIPTokenizer:

@@ -402,6 +402,11 @@ def test_pictures_are_drawn_with_a_bundle(finished: Run, tmp_path: Path) -> None
         assert {picture.shape for picture in drawn[mode]} == {(16, 16, 3)}
     assert np.array_equal(drawn[None], drawn["route"])
     assert not np.array_equal(drawn["off"], drawn["switch"])
+    options[options.index("--output") + 1] = tmp_path / "folded"
+    assert call("sample", bundle, *options, "--mode", "switch", "--folded").code == 0
+    for seed, picture in zip((7, 8), drawn["switch"], strict=True):
+        folded = np.asarray(Image.open(tmp_path / "folded" / f"00000{seed}.png"))
+        assert abs(folded.astype(int) - picture).max() <= 1  # fp32 sums in another order, then whole numbers
 
 
 @pytest.mark.parametrize(
@@ -409,6 +414,7 @@ def test_pictures_are_drawn_with_a_bundle(finished: Run, tmp_path: Path) -> None
     [
         (["--mode", "swap"], "unknown mode 'swap': allowed are switch, route and off"),
         (["--mode", "foster"], "unknown mode 'foster'"),
+        (["--folded"], "only mode switch can be folded; this is mode route"),
         (["--scheduler", "Nope"], "no scheduler 'Nope'"),
         (["--model", "/nowhere/at/all"], "cannot load a pipeline from '/nowhere/at/all'"),
     ],

@@ -339,6 +339,7 @@ def test_what_is_no_ensemble_is_said(run: Path, base: Path, tmp_path: Path) -> N
         "sample", run, "--prompt", "a", "--resident", "all"
     )
     assert "mode 'switch' is for bundles" in refused("sample", "--ensemble", run, "--prompt", "a", "--mode", "switch")
+    assert "folding is for bundles" in refused("sample", "--ensemble", run, "--prompt", "a", "--folded")
     with pytest.raises(ValueError, match="is no expert's folder: the metadata of its weights lacks"):
         read_record(base / "unet")
 

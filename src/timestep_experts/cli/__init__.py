@@ -181,6 +181,9 @@ def sample(
     output: Annotated[Path, typer.Option(help="Where to put pictures and a contact sheet.")] = Path("samples"),
     model: Annotated[str | None, typer.Option(help="The base; default: the one the bundle was made on.")] = None,
     mode: Annotated[str | None, typer.Option(help="switch, route or off; default: the bundle's own.")] = None,
+    folded: Annotated[
+        bool, typer.Option("--folded", help="Switch with the experts in the base's weights: faster, for memory.")
+    ] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Default: 20, or a generator's own.")] = None,
     guidance: Annotated[
         float | None, typer.Option(min=0, help="Classifier-free guidance; default: 3, or none for a generator.")
@@ -198,7 +201,7 @@ def sample(
     quiet_libraries()
     from timestep_experts.jobs.draw import DrawSettings, draw, draw_ensemble
 
-    settings = DrawSettings(model, mode, scheduler, steps, guidance, seed, height, width, num_frames, fps)
+    settings = DrawSettings(model, mode, scheduler, steps, guidance, seed, height, width, num_frames, fps, folded)
     if (bundle is None) == (ensemble is None):
         raise ValueError("give either a bundle's folder or --ensemble")
     if resident is not None and ensemble is None:

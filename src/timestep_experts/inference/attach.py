@@ -21,6 +21,7 @@ def attach(
     mode: Mode | None = None,
     *,
     text_experts: TextExperts | None = None,
+    folded: bool = False,
 ) -> Mixture:
     """Give a pipeline the experts of a bundle. It is then used as always: prompts, guidance, schedulers, img2img.
 
@@ -32,12 +33,14 @@ def attach(
         mode: ``switch`` or ``route`` (or ``off``); ``None`` takes the bundle's own.
         text_experts: how often prompts are encoded anew where text encoders carry experts: ``step``, ``interval`` or
             ``off``; ``None`` is ``step`` when routing and ``interval`` when switching. See `Reencoder`.
+        folded: switch at the base's own cost, for a copy of the weights that carry experts: see `Mixture.fold`.
 
     Returns:
         The mixture: set its ``mode`` at any time; `detach` gives the pipeline back as it was.
 
     Raises:
-        ValueError: the bundle does not fit, naming the modules and shapes that differ; the pipeline stays as it was.
+        ValueError: the bundle does not fit, naming the modules and shapes that differ, or experts are to be folded that
+            cannot; the pipeline stays as it was.
     """
     bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
     networks = _networks_of(pipeline, bundle.target_modules)
@@ -60,13 +63,24 @@ def attach(
         mixture.detach()
         raise
     reencode(pipeline, mixture, text_experts)
+    _make_ready(mixture)
+    if folded:
+        try:
+            mixture.fold()
+        except ValueError:
+            detach(pipeline)
+            raise
+    return mixture
+
+
+def _make_ready(mixture: Mixture) -> None:
+    """Experts in the base's dtype, and nothing that trains."""
     for layer in mixture.layers.values():
         held = next(layer.base_layer.parameters(), None)
         layer.move_experts(dtype=held.dtype if held is not None and held.dtype.is_floating_point else None)
         layer.experts.requires_grad_(False)
         if layer.router is not None:
             layer.router.requires_grad_(False)
-    return mixture
 
 
 def detach(pipeline: Any) -> None:

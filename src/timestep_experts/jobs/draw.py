@@ -38,6 +38,7 @@ class DrawSettings:
         width: in pixels.
         num_frames: of clips.
         fps: of clips' files.
+        folded: switch with the experts in the base's weights.
     """
 
     model: str | None = None
@@ -50,6 +51,7 @@ class DrawSettings:
     width: int | None = None
     num_frames: int | None = None
     fps: float | None = None
+    folded: bool = False
 
 
 def draw(bundle: Path, prompts: Sequence[str], output: Path, settings: DrawSettings) -> tuple[list[Path], DrawingCost]:
@@ -62,10 +64,12 @@ def draw(bundle: Path, prompts: Sequence[str], output: Path, settings: DrawSetti
     if settings.mode is not None and (mode is None or mode == "foster"):
         raise ValueError(f"unknown mode {settings.mode!r}: allowed are switch, route and off")
     loaded = load_bundle(bundle)
+    if settings.folded and (mode or loaded.mode) != "switch":
+        raise ValueError(f"only mode switch can be folded; this is mode {mode or loaded.mode}")
     family = _load_base(settings.model or loaded.base_model, loaded)
     if not family.text_encoders:
         raise ValueError(f"{family.source} is a {type(family.pipeline()).__name__}: it draws nothing for a prompt")
-    attach(family.pipeline(), loaded, mode)
+    attach(family.pipeline(), loaded, mode, folded=settings.folded)
     trained = _trained_media(loaded.provenance.get("recipe", {}), family)
     return _draw(family, trained, loaded.provenance, prompts, output, settings)
 
@@ -113,17 +117,19 @@ def draw_ensemble(
         experts: a run's ``decoupled`` folder.
         prompts: one per picture or clip.
         output: where to.
-        settings: see there; ``mode`` does not apply.
+        settings: see there; ``mode`` and ``folded`` do not apply.
         resident: whether ``one`` expert or ``all`` are in memory; see `attach_ensemble`.
 
     Returns:
         As `draw`, and how often another expert was put into the denoiser.
 
     Raises:
-        ValueError: the experts or the base cannot be used, or a mode is asked for.
+        ValueError: the experts or the base cannot be used, or a mode or folding is asked for.
     """
     if settings.mode is not None:
         raise ValueError(f"mode {settings.mode!r} is for bundles; an ensemble has one expert at a time")
+    if settings.folded:
+        raise ValueError("folding is for bundles; an ensemble's experts are whole weights already")
     folders, partition, record = find_experts(experts)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     family = load_family(resolve_model(settings.model or record.base_model), device)

@@ -21,10 +21,26 @@ Mode = Literal["off", "foster", "switch", "route"]
 
 @dataclass
 class Routing:
-    """The timesteps of the running forward pass and who owns them: ``t (B,)`` fp32, ``owners[scale] (B,)`` int64."""
+    """The timesteps of the running forward pass and who owns them.
+
+    Args:
+        t: ``(B,)`` fp32.
+        owners: ``(B,)`` int64 by scale.
+        is_shared: one timestep was given for all samples, as pipelines do; then t and owners repeat one value.
+        is_folded: the owners' experts stand in the weights of the denoiser's folded layers.
+    """
 
     t: Tensor
     owners: dict[str, Tensor]
+    is_shared: bool
+    is_folded: bool = False
+
+    def spread(self, values: Tensor, num_rows: int) -> Tensor:
+        """Of one value per sample ``(B,)`` those of a layer's rows; a single one ``(1,)`` where it is shared."""
+        if self.is_shared:
+            return values[:1]
+        repeats = num_rows // values.shape[0]  # frames or views of one sample stand next to each other
+        return values if repeats == 1 else values.repeat_interleave(repeats)
 
 
 @dataclass
@@ -47,10 +63,16 @@ class Binding:
     is_bound: bool = False
     gate_log: dict[str, list[Tensor]] | None = None
 
-    def route_to(self, t: Tensor) -> None:
-        """Bind the timesteps ``(B,)`` of the next forward pass; the one place where owners are looked up."""
+    def route_to(self, t: Tensor, num_samples: int | None = None) -> None:
+        """Bind the timesteps ``(B,)`` of the next forward pass; the one place where owners are looked up.
+
+        A single one ``(1,)`` is shared by all samples, and repeated for ``num_samples`` where their number is known.
+        """
         owners = {scale.name: scale.partition.index_of(t) for scale in self.spec.scales}
-        self.routing = Routing(t, owners)
+        is_shared = t.shape[0] == 1
+        if is_shared and num_samples is not None:
+            t, owners = t.expand(num_samples), {name: owner.expand(num_samples) for name, owner in owners.items()}
+        self.routing = Routing(t, owners, is_shared)
 
     @contextmanager
     def bound(self, t: Tensor) -> Iterator[None]:
@@ -89,6 +111,7 @@ class MixtureLayer(nn.Module):
         self.name = name
         self.binding = binding
         self.dropout = spec.dropout
+        self.is_folded = False  # whether experts stand in the base layer's weight, see `Folding`
         self.geometry = LayerGeometry.of(base_layer, name)
         if spec.gate == "token" and spec.gated_scales and not self.geometry.keeps_positions:
             raise ValueError(
@@ -132,26 +155,34 @@ class MixtureLayer(nn.Module):
         nothing leaves switching unchanged to the bit, which one joint product over all ranks would not.
         """
         y: Tensor = self.base_layer(x)
-        binding = self.binding
+        binding, routing = self.binding, self.binding.routing
+        if self.is_folded:
+            if binding.mode != "switch" or routing is None or not routing.is_folded:
+                raise RuntimeError(
+                    f"{self.name}: experts are folded into this layer's weight, for calls of the whole denoiser alone;"
+                    " Mixture.unfold() first"
+                )
+            return y
         if binding.mode == "off":
             return y
-        routing = binding.routing
         if routing is None:
             raise RuntimeError(
                 f"{self.name}: the experts know no timestep. Call the denoiser itself (its hook reads the timestep),"
                 " or bind one with Mixture.at(t)."
             )
-        repeats = x.shape[0] // routing.t.shape[0]  # frames or views of one sample stand next to each other
         seen = functional.dropout(x, self.dropout, self.training) if self.dropout else x
         for turn, scales in enumerate(binding.active_scales()):
-            gates = self._gates(scales, x, _repeat(routing.t, repeats))
+            gates = self._gates(scales, x, routing.spread(routing.t, x.shape[0]))
             stacks = [self.experts[scale.name] for scale in scales]
-            owners = [_repeat(routing.owners[scale.name], repeats) for scale in scales]
+            owners = [routing.spread(routing.owners[scale.name], x.shape[0]) for scale in scales]
             y = apply_experts(y, seen, stacks, owners, gates, self.geometry, in_place=turn > 0)  # type: ignore[arg-type]
         return y
 
     def _gates(self, scales: Sequence[Scale], x: Tensor, t: Tensor) -> Tensor | None:
-        """Gates of scales of one role, ``(B, m)`` or ``(B, N, m)`` fp32; ``None`` where all are 1."""
+        """Gates of scales of one role, ``(B, m)`` or ``(B, N, m)`` fp32; ``None`` where all are 1.
+
+        Those that depend on a shared timestep alone come once, ``(1, m)``.
+        """
         binding = self.binding
         constants = [1.0 if binding.mode == "foster" else scale.constant_gate for scale in scales]
         is_routed = binding.mode == "route" and self.router is not None and scales[0].gated
@@ -162,7 +193,7 @@ class MixtureLayer(nn.Module):
             return resting
         routed: Tensor = self.router(self._positions(x), t)
         if binding.gate_log is not None:
-            binding.gate_log.setdefault(self.name, []).append(routed.detach())
+            binding.gate_log.setdefault(self.name, []).append(routed.detach().expand(len(x), *routed.shape[1:]))
         return routed + (resting if routed.dim() == 2 else resting[:, None])
 
     def _positions(self, x: Tensor) -> Tensor:
@@ -170,7 +201,3 @@ class MixtureLayer(nn.Module):
         if self.geometry.kernel_size:
             return x.flatten(2).transpose(1, 2)
         return x.reshape(x.shape[0], -1, x.shape[-1])
-
-
-def _repeat(per_sample: Tensor, repeats: int) -> Tensor:
-    return per_sample if repeats == 1 else per_sample.repeat_interleave(repeats)

@@ -116,6 +116,13 @@ class ExpertStack(nn.Module):
             return owner
         return (owner - self.first).clamp(0, len(self.A) - 1)
 
+    def only(self, owner: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B of the one expert that all samples use: owner ``(1,)``, or any where a single expert is held."""
+        if len(self.A) == 1:
+            return self.A, self.B
+        place = self.place_of(owner)
+        return self.A.index_select(0, place), self.B.index_select(0, place)
+
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return f"experts={self.A.shape[0]}, rank={self.rank}, scaling={self.scaling:g}"
@@ -139,16 +146,17 @@ def apply_experts(
         base: ``(B, ..., out)``, or ``(B, out, *space)`` for a convolution.
         x: the layer's input, batch first.
         stacks: the m active scales.
-        owners: m index tensors ``(B,)``, which expert of the scale each sample uses.
-        gates: ``(B, m)``, or ``(B, N, m)`` for a gate per position, any dtype; ``None`` where all are 1.
+        owners: m index tensors ``(B,)``, which expert of the scale each sample uses; ``(1,)`` where all use one.
+        gates: ``(B, m)``, or ``(B, N, m)`` for a gate per position, any dtype; B = 1 serves all samples; ``None``
+            where all are 1.
         geometry: of the base layer.
         in_place: ``base`` may be overwritten; only for a tensor that nobody else holds.
 
     Returns:
         A tensor shaped like ``base``.
     """
-    if all(len(stack.A) == 1 for stack in stacks):  # nothing to choose: one product serves the whole batch
-        return _apply_shared(base, x, stacks, gates, geometry, in_place)
+    if all(len(stack.A) == 1 or len(owner) == 1 for stack, owner in zip(stacks, owners, strict=True)):
+        return _apply_shared(base, x, stacks, owners, gates, geometry, in_place)
     chosen = [(stack, stack.place_of(owner)) for stack, owner in zip(stacks, owners, strict=True)]
     downs = [stack.A.index_select(0, place) for stack, place in chosen]
     ups = [stack.B.index_select(0, place) for stack, place in chosen]
@@ -166,13 +174,15 @@ def _apply_shared(
     base: Tensor,
     x: Tensor,
     stacks: list[ExpertStack],
+    owners: list[Tensor],
     gates: Tensor | None,
     geometry: LayerGeometry,
     in_place: bool,
 ) -> Tensor:
-    """`apply_experts` for scales of one expert: no gathering, and gates act on the low-rank features."""
+    """`apply_experts` where all samples use the same experts: one product serves them, gates act on its features."""
+    chosen = [stack.only(owner) for stack, owner in zip(stacks, owners, strict=True)]
     scalings = [stack.scaling for stack in stacks]
-    down, up = _join([stack.A for stack in stacks], [stack.B for stack in stacks], scalings, geometry.groups)
+    down, up = _join([A for A, _ in chosen], [B for _, B in chosen], scalings, geometry.groups)
     strength = _strength(gates, stacks, geometry.groups)
     if geometry.kernel_size:
         hidden = _convolve(x, down[0].to(x.dtype), geometry).flatten(2)

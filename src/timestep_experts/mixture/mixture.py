@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from timestep_experts.intervals import Interval
+from timestep_experts.mixture.folding import Folding
+from timestep_experts.mixture.hooks import RoutedCheckpoint, TimestepReader
 from timestep_experts.mixture.layer import Binding, MixtureLayer, Mode
 from timestep_experts.mixture.lowrank import ExpertStack
 from timestep_experts.mixture.spec import MixtureSpec
@@ -93,8 +94,7 @@ class Mixture:
             layer.train(layer.base_layer.training)
             mixture._replace_module(path, layer)
         for network in named.values():
-            argument = _find_argument(network, timestep_argument)
-            reader = _TimestepReader(binding, *argument, timestep_argument, timestep_scale)
+            reader = TimestepReader.of(network, binding, timestep_argument, timestep_scale)
             network.register_forward_pre_hook(reader.read, with_kwargs=True)
         return mixture
 
@@ -115,16 +115,17 @@ class Mixture:
 
     def detach(self) -> None:
         """Put the base layers back and remove the hooks; every ``state_dict`` is what it was, to the byte."""
+        self.unfold()
         for path, layer in self.layers.items():
             self._replace_module(path, layer.base_layer)
         for network in self.networks.values():
             for key, hook in list(network._forward_pre_hooks.items()):
-                if isinstance(getattr(hook, "__self__", None), _TimestepReader):
+                if isinstance(getattr(hook, "__self__", None), TimestepReader):
                     del network._forward_pre_hooks[key]
                     network._forward_pre_hooks_with_kwargs.pop(key, None)
             for module in network.modules():
                 function = getattr(module, "_gradient_checkpointing_func", None)
-                if isinstance(function, _RoutedCheckpoint):
+                if isinstance(function, RoutedCheckpoint):
                     module._gradient_checkpointing_func = function.function  # type: ignore[assignment]
 
     def set_dropout(self, dropout: float, network: str) -> None:
@@ -157,6 +158,8 @@ class Mixture:
     def mode(self, mode: Mode) -> None:
         if mode not in MODES:
             raise ValueError(f"unknown mode {mode!r}: allowed are {', '.join(MODES)}")
+        if self.is_folded and mode not in ("off", "switch"):
+            raise ValueError(f"folded experts can be switched, or off; for mode {mode!r} unfold them first")
         self._binding.mode = mode
 
     @property
@@ -172,8 +175,59 @@ class Mixture:
 
     def foster(self, *scale_names: str) -> None:
         """Mode ``foster``: the experts of these scales speak, ungated, and no others."""
-        self._binding.fostered = tuple(self.spec.scale(name).name for name in scale_names)
-        self._binding.mode = "foster"
+        fostered = tuple(self.spec.scale(name).name for name in scale_names)
+        self.mode = "foster"
+        self._binding.fostered = fostered
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether `fold` is in force."""
+        return any(reader.folding is not None for reader in self._readers().values())
+
+    def fold(self) -> None:
+        """Switch at the base's own cost: the experts of a call's timesteps stand in the denoisers' weights.
+
+        ``W = W0 + sum_j gate_j * (alpha_j / r_j) * B_j A_j``, exchanged before a call whose timesteps others own, for
+        which the timesteps are read on the host. See `Folding`, also for the layers that stay as they are: all of
+        networks that take no timestep (text encoders) among them. A batch in which owners are mixed is computed
+        unfolded, from W0.
+
+        W0 is kept: as much memory again, on the same device, as the weights that carry experts. While folded, a
+        network's own ``state_dict`` holds W and not W0, its calls are made without gradients, and whoever changes
+        experts other than by `load_state_dict` unfolds them first.
+
+        Raises:
+            ValueError: the mode is not ``switch``, no network takes a timestep, or experts cannot be added to a weight
+                (quantised, or offloaded layer by layer); nothing is folded then.
+        """
+        if self.mode != "switch":
+            raise ValueError(
+                f"only experts that are switched can be folded into the weights; the mode is {self.mode!r}"
+            )
+        told = {name: reader for name, reader in self._readers().items() if reader.position is not None}
+        if not told:
+            raise ValueError("no network of this mixture takes a timestep, by which folded experts would be exchanged")
+        if self.is_folded:
+            return
+        layers = {n: [layer for path, layer in self.layers.items() if self._split(path)[0] == n] for n in told}
+        foldings = {name: Folding(self.networks[name], layers[name]) for name in told}
+        for name, reader in told.items():
+            foldings[name].begin()
+            reader.folding = foldings[name]
+
+    def unfold(self) -> None:
+        """Undo `fold`: the weights are what they were, to the byte, and their copies are dropped."""
+        for reader in self._readers().values():
+            if reader.folding is not None:
+                reader.folding.end()
+                reader.folding = None
+
+    def _readers(self) -> dict[str, TimestepReader]:
+        """The hook of each network."""
+        hooks = (
+            (n, getattr(h, "__self__", None)) for n, w in self.networks.items() for h in w._forward_pre_hooks.values()
+        )
+        return {name: reader for name, reader in hooks if isinstance(reader, TimestepReader)}
 
     @contextmanager
     def using(self, mode: Mode) -> Iterator[None]:
@@ -251,6 +305,9 @@ class Mixture:
         with torch.no_grad():
             for key, value in own.items():
                 value.copy_(state[key])
+        for reader in self._readers().values():
+            if reader.folding is not None:
+                reader.folding.forget()
 
     def count_parameters(self) -> ParameterCount:
         """Stored, active and trainable parameters of the experts and routers."""
@@ -281,66 +338,8 @@ def bound_to(networks: Iterable[nn.Module], t: Tensor) -> Iterator[None]:
         yield
 
 
-@dataclass
-class _TimestepReader:
-    """The hook on the denoiser: reads the timestep of a call, spreads it over the batch, binds it."""
-
-    binding: Binding
-    first: str
-    position: int | None
-    argument: str
-    scale: float
-
-    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.binding.mode == "off":
-            return
-        if self.position is not None:
-            sample = args[0] if args else kwargs[self.first]
-            t = kwargs[self.argument] if self.argument in kwargs else args[self.position]
-            t = t if isinstance(t, Tensor) else torch.tensor([t])  # as_tensor would recompile at every new number
-            t = t.flatten(1).amax(1) if t.dim() > 1 else t  # one per token: those of a given frame are not noisy
-            t = t.to(sample.device).reshape(-1).float() * self.scale
-            self.binding.route_to(t.expand(sample.shape[0]) if t.shape[0] == 1 else t)
-        elif not self.binding.is_bound:
-            self.binding.routing = None  # the denoiser's latest timestep is not that of a text
-        if torch.is_grad_enabled():
-            self._keep_routing_through_checkpoints(module)
-
-    def _keep_routing_through_checkpoints(self, module: nn.Module) -> None:
-        for child in module.modules():
-            function = getattr(child, "_gradient_checkpointing_func", None)
-            if function is not None and not isinstance(function, _RoutedCheckpoint):
-                child._gradient_checkpointing_func = _RoutedCheckpoint(self.binding, function)  # type: ignore[assignment]
-
-
-@dataclass
-class _RoutedCheckpoint:
-    """A checkpoint function whose recomputation sees the timesteps of its own forward pass, not of the latest one."""
-
-    binding: Binding
-    function: Callable[..., Any]
-
-    def __call__(self, run: Callable[..., Any], *args: Any) -> Any:
-        routing = self.binding.routing
-
-        def run_as_routed(*inputs: Any) -> Any:
-            latest, self.binding.routing = self.binding.routing, routing
-            try:
-                return run(*inputs)
-            finally:
-                self.binding.routing = latest
-
-        return self.function(run_as_routed, *args)
-
-
 def _by_name(networks: Networks) -> dict[str, nn.Module]:
     return {"": networks} if isinstance(networks, nn.Module) else dict(networks)
-
-
-def _find_argument(model: nn.Module, argument: str) -> tuple[str, int | None]:
-    """The name of ``forward``'s first parameter, and the position of the one called ``argument``."""
-    names = list(inspect.signature(model.forward).parameters)
-    return names[0], names.index(argument) if argument in names else None
 
 
 def _device_of(layer: nn.Module) -> torch.device | None:
