@@ -137,14 +137,11 @@ def make_route(model: nn.Module, targets: Sequence[str], form: Form, kind: Pass,
 
 
 def make_folded(model: nn.Module, targets: Sequence[str], form: Form, kind: Pass, ts: list[float]) -> Variant:  # noqa: ARG001
-    """Switching with the expert of t added to the base's weights, anew where another takes over.
-
-    All that is known here of folding; the row is left out where the mixture has none.
-    """
+    """Switching with the expert of t added to the base's weights, anew where another takes over."""
     if kind != ONE_T:
         raise UnavailableError("weights hold the expert of one t")
     twin = twin_of(model, with_own=targets)
-    mixture: Any = _attach(twin, targets, replace(form, num_contexts=0))
+    mixture = _attach(twin, targets, replace(form, num_contexts=0))
     mixture.mode = "switch"
     mixture.fold()  # keeps the base's weights beside those in use
     return Variant(twin, settles=True)
@@ -163,7 +160,7 @@ VARIANTS: dict[str, Maker] = {
     ADAPTERS: make_adapters,
     FUSED: make_fused,
     SWITCH: make_switch,
-    **({FOLDED: make_folded} if hasattr(Mixture, "fold") else {}),
+    FOLDED: make_folded,
     ROUTE: _with_contexts(1),
     ROUTE_3: _with_contexts(3),
 }

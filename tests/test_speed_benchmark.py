@@ -16,8 +16,6 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from timestep_experts.mixture import Mixture
-
 ROOT = Path(__file__).parents[1]
 MODULES = ("cases", "formula", "growth", "passes", "report", "timing", "variants", "world")
 IN_GROWTH = {"base", "PEFT LoRA", "switch", "route"}
@@ -69,7 +67,6 @@ def test_every_variant_is_measured_or_its_absence_explained(
     cases = {row["case"] for row in found["rows"]}
     assert said == {(c, p, v) for c in cases for p in passes.get(name, set(speed.variants.PASSES)) for v in expected}
     assert all(row["reason"] for row in found["skipped"])
-    assert ("switch, folded" in speed.variants.VARIANTS) == hasattr(Mixture, "fold")
 
 
 def test_ratios_are_finite_and_the_base_is_one(section: tuple[str, dict[str, Any]]) -> None:
