@@ -131,6 +131,8 @@ def test_the_same_command_repeats_nothing_and_other_settings_merge_anew(base: Pa
     expert = (tmp_path / "out" / "arms" / "copies" / "decoupled" / "range-0" / "result.safetensors").stat().st_mtime_ns
     assert call("run", recipe).code == 0
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in merged.iterdir()} == before
+    assert call("run", recipe, "evaluation.seed=7").code == 0  # of the search's noise too
+    assert (merged / "search.json").read_bytes() != before[merged / "search.json"][1]
     assert call("run", recipe, "arms.copies.merge.method=grid", "arms.copies.merge.grid=[0,0.5]").code == 0
     search = json.loads((merged / "search.json").read_text())
     assert {point["why"] for point in search["evaluated"]} == {"table", "grid"}

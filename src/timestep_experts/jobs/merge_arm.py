@@ -36,10 +36,13 @@ def expert_files(recipe: Recipe, arm: str) -> list[Path]:
     """The files that an arm's training wrote, from low to high noise.
 
     Raises:
-        ValueError: a range has no expert yet.
+        ValueError: the arm has no bundle, or a range no expert yet.
     """
     if not recipe.arm(arm).is_decoupled:
-        return [arm_folder(recipe, arm) / "bundle" / "mixture.safetensors"]
+        file = arm_folder(recipe, arm) / "bundle" / "mixture.safetensors"
+        if not file.is_file():
+            raise ValueError(f"arm {arm!r} is not trained yet: there is no {file}")
+        return [file]
     folders, _, _ = find_experts(decouple_folder(recipe, arm))
     return [file for folder in folders for file in Checkpoint(folder).files]
 
@@ -61,40 +64,35 @@ def merge_arm(recipe: Recipe, arm: str, workshop: Workshop) -> None:
     if own.merge is None:
         raise ValueError(f"recipe.arms.{arm}: it has no section merge")
     partition = reported_partition(recipe, workshop)
-    identity = _identity(own.merge, hash_files(expert_files(recipe, arm)), workshop, partition)
+    identity = _identity(own, own.merge, expert_files(recipe, arm), workshop, partition)
     stored = folder / _IDENTITY
     if stored.is_file() and json.loads(stored.read_text(encoding="utf-8")) == identity:
         return
-    trial = make_trial(own, workshop, partition)
+    trial = _make_trial(own, own.merge, workshop, partition)
+    search = _search_settings(own.merge, own.seed)
     with atomic_path(folder) as draft:
         if own.is_decoupled:
-            _merge_copies(own, decouple_folder(recipe, arm), draft, trial)
+            _merge_copies(own, decouple_folder(recipe, arm), draft, trial, search)
         else:
-            _merge_lora_experts(own, arm_folder(recipe, arm) / "bundle", draft, trial)
+            assert own.merge.rank is not None  # the recipe was checked
+            lora = LoraSettings(own.merge.rank, model=own.pretrained_model_name_or_path, with_bundle=True)
+            write_merged(arm_folder(recipe, arm) / "bundle", draft, lora, lambda: trial, search)
         write_json(draft / _IDENTITY, identity)
 
 
-def make_trial(recipe: Recipe, workshop: Workshop, partition: Partition) -> Trial:
+def _make_trial(recipe: Recipe, config: MergeConfig, workshop: Workshop, partition: Partition) -> Trial:
     """Choose on training pictures; what is confirmed on validation pictures is for the search's own table."""
-    assert recipe.merge is not None
-    bins, pictures = recipe.merge.bins_per_interval, recipe.merge.num_pictures
+    bins, pictures = config.bins_per_interval, config.num_pictures
     settings = replace(build_loss_settings(recipe, partition), bins_per_interval=bins, num_pictures=pictures)
     return Trial(workshop.family, workshop.train, workshop.validation, settings)
 
 
-def build_search_settings(config: MergeConfig, seed: int) -> SearchSettings:
-    """How weights are searched."""
+def _search_settings(config: MergeConfig, seed: int) -> SearchSettings:
     quadratic = QuadraticSettings(refinements=config.refinements)
     return SearchSettings(config.method, config.objective, quadratic, config.grid, config.budget, seed)
 
 
-def hash_files(files: Iterable[Path]) -> list[str]:
-    """SHA-256 of each file; of one that is not there, its absence."""
-    return [file_sha256(file) if file.is_file() else "" for file in files]
-
-
-def _merge_copies(recipe: Recipe, decoupled: Path, output: Path, trial: Trial) -> None:
-    assert recipe.merge is not None
+def _merge_copies(recipe: Recipe, decoupled: Path, output: Path, trial: Trial, settings: SearchSettings) -> None:
     base = base_weights(recipe, trial.family)
     if base is None:
         raise ValueError(
@@ -104,23 +102,20 @@ def _merge_copies(recipe: Recipe, decoupled: Path, output: Path, trial: Trial) -
     folders, _, _ = find_experts(decoupled)
     hashed, *experts = hash_inputs([Checkpoint(folder) for folder in (base, *folders)])
     groups = WeightGroups.of(len(experts), trial.family.denoiser.state_dict(), {})
-    search, bench = search_copies(trial, experts, groups, build_search_settings(recipe.merge, recipe.seed))
+    search, bench = search_copies(trial, experts, groups, settings)
     merge(base, output, folders, groups.settings(search.found.weights))
     write_search(output / "search.json", search, bench, describe_merge(recipe, hashed, experts, groups, search))
 
 
-def _merge_lora_experts(recipe: Recipe, bundle: Path, output: Path, trial: Trial) -> None:
-    assert recipe.merge is not None
-    assert recipe.merge.rank is not None  # the recipe was checked
-    settings = LoraSettings(recipe.merge.rank, model=recipe.pretrained_model_name_or_path, with_bundle=True)
-    write_merged(bundle, output, settings, lambda: trial, build_search_settings(recipe.merge, recipe.seed))
-
-
-def _identity(config: MergeConfig, experts: list[str], workshop: Workshop, partition: Partition) -> dict[str, Any]:
+def _identity(
+    recipe: Recipe, config: MergeConfig, experts: Iterable[Path], workshop: Workshop, partition: Partition
+) -> dict[str, Any]:
     """Whatever decides the bytes of a merge."""
     return {
         "merge": config.model_dump(mode="json"),
-        "experts": experts,
+        "base_model": recipe.pretrained_model_name_or_path,
+        "seeds": [recipe.seed, recipe.evaluation.seed],
+        "experts": [file_sha256(file) for file in experts],
         "train_pictures": workshop.train.key,
         "boundaries": list(partition.boundaries),
     }
