@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from hypothesis import assume, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -231,3 +235,28 @@ def family(pipeline: StableDiffusionPipeline) -> StableDiffusion:
 @pytest.fixture
 def unet() -> UNet2DConditionModel:
     return tiny_unet()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base on the disk; not to be changed."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of captioned pictures; not to be changed."""
+    return write_pictures(tmp_path_factory.mktemp("data") / "pictures")
+
+
+def write_pictures(folder: Path) -> Path:
+    """Twelve pictures of noise, 16 x 16, captioned ``thing 0`` and so on."""
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for index in range(12):
+        pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index:02}.png")
+        (folder / f"{index:02}.txt").write_text(f"thing {index}")
+    return folder

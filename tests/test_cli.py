@@ -23,7 +23,7 @@ from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from rich.console import Console
 
-from conftest import scales, tiny_pipeline, tiny_unet
+from conftest import scales, tiny_unet, write_pictures
 from timestep_experts import cli
 from timestep_experts.formats import load_bundle
 from timestep_experts.mixture import Mixture, MixtureSpec
@@ -197,24 +197,6 @@ def test_options_that_make_no_sense_are_refused(options: list[object], message: 
 
 
 # A whole run
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny base on the disk."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny_pipeline().save_pretrained(folder)
-    return folder
-
-
-def write_pictures(folder: Path) -> Path:
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    for index in range(12):
-        pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index:02}.png")
-        (folder / f"{index:02}.txt").write_text(f"thing {index}")
-    return folder
 
 
 def write_recipe(home: Path, base: Path, data: Path, /, **changes: Any) -> Path:

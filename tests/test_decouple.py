@@ -17,7 +17,7 @@ from tiny import PIPELINES
 from torch import Tensor
 
 from conftest import max_error, tiny_unet, unet_inputs
-from test_cli import call, refused, row, write_pictures, write_recipe
+from test_cli import call, refused, row, write_recipe
 from timestep_experts.formats.checkpoints import Checkpoint, file_sha256
 from timestep_experts.formats.experts import BASE_KEY, find_experts, read_projections, read_record, write_projections
 from timestep_experts.inference import attach_ensemble, attach_projections
@@ -45,18 +45,6 @@ def recipe_of(home: Path, base: Path, data: Path, **changes: Any) -> Path:
     start, end = text.index("experts:"), text.index("evaluation:")
     path.write_text(text[:start] + text[end : text.index("arms:")] + text[text.index("decouple:") :])
     return path
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    PIPELINES["sd"]().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("data") / "pictures")
 
 
 def decoupled(home: Path, base: Path, data: Path, *arguments: object, **changes: Any) -> Path:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import PIPELINES
 
 from conftest import tiny_pipeline
-from test_cli import TARGETS, call, write_pictures
+from test_cli import TARGETS, call
 from timestep_experts.config import load_recipe
 from timestep_experts.formats import load_bundle
 from timestep_experts.inference import sample
@@ -52,18 +52,6 @@ def write_recipe(home: Path, base: Path, data: Path, /, **changes: Any) -> Path:
     path = home / "recipe.yaml"
     path.write_text(yaml.safe_dump(document | changes, sort_keys=False))
     return path
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    tiny_pipeline().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("data") / "pictures")
 
 
 @pytest.fixture(scope="module")

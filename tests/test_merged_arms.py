@@ -11,8 +11,8 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
-from conftest import max_error, tiny_pipeline
-from test_cli import call, refused, write_pictures, write_recipe
+from conftest import max_error
+from test_cli import call, refused, write_recipe
 from timestep_experts.config import Recipe, load_recipe
 from timestep_experts.formats import load_bundle
 from timestep_experts.formats.lora import LORA_FILE
@@ -36,18 +36,6 @@ def merging(home: Path, base: Path, data: Path, **changes: Any) -> Path:
     }
     recipe = {"foster": {"max_train_steps": 2, "train_batch_size": 2, "learning_rate": 1e-1}, "arms": arms}
     return write_recipe(home, base, data, **{**recipe, "merge": {**MERGE, "rank": 3}, "assemble": None, **changes})
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "base"
-    tiny_pipeline().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pictures(tmp_path_factory.mktemp("data") / "pictures")
 
 
 @pytest.fixture(scope="module")
