@@ -17,7 +17,7 @@ from timestep_experts.training.ema import MovingAverage
 class FullCopy:
     """A copy of a denoiser in fp32, with projections where asked for; the original is not touched.
 
-    The copy drops nothing out: it starts by saying what the original says, to the bit.
+    The copy drops nothing out: it starts by saying what the original says (in evaluation mode to the bit).
 
     Args:
         denoiser: what is copied.
