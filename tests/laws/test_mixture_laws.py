@@ -341,6 +341,25 @@ def test_a_shared_timestep_says_what_one_per_sample_says(carrier, t):
             assert max_error(net(x, torch.tensor(t)), net(x, torch.full((3,), t))) <= 1e-5
 
 
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 3), (2, 3)])
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("padding", [0, 1, (2, 1), 3])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolution_over_a_plane_in_both_forms(kernel, dilation, padding, groups):
+    layer = nn.Conv2d(4, 6, kernel, 1, padding, dilation, groups).double()
+    spec = MixtureSpec(scales(8, rank=4))
+    net, mixture = attach_to_layer(layer, spec, "switch")
+    net.double()
+    x = normal(3, 4, 7, 6, dtype=torch.double).requires_grad_()
+    for t in (MIXED_T, torch.tensor(640.0)):
+        each = t.expand(3)
+        expected = layer(x) + explicit_delta(mixture.layers["layer"], spec.scales[0], x, each)
+        y = net(x, t)
+        assert max_error(y, expected) <= 1e-12  # fp64; alpha / r is 2, exactly
+        pulled = [torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for out in (y, expected)]
+        assert max_error(*pulled) <= 1e-12
+
+
 ROUTED_LAYERS = {
     "linear": (lambda: nn.Linear(6, 4), (3, 7, 6)),
     "vector": (lambda: nn.Linear(6, 4), (3, 6)),

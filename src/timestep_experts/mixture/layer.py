@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from timestep_experts.intervals import Interval
 from timestep_experts.mixture.lowrank import ExpertStack, LayerGeometry, apply_experts
-from timestep_experts.mixture.router import Router
+from timestep_experts.mixture.router import Averages, Router
 from timestep_experts.mixture.spec import MixtureSpec, Scale
 
 Mode = Literal["off", "foster", "switch", "route"]
@@ -54,6 +54,7 @@ class Binding:
         routing: set by the denoiser's hook before every forward pass.
         is_bound: whether `bound` is open, so that the caller and not the hook said the timesteps.
         gate_log: where layers leave their gates while a caller records them, by layer name.
+        averages: of the layers' inputs, for their routers.
     """
 
     spec: MixtureSpec
@@ -62,6 +63,7 @@ class Binding:
     routing: Routing | None = None
     is_bound: bool = False
     gate_log: dict[str, list[Tensor]] | None = None
+    averages: Averages = field(default_factory=Averages)
 
     def route_to(self, t: Tensor, num_samples: int | None = None) -> None:
         """Bind the timesteps ``(B,)`` of the next forward pass; the one place where owners are looked up.
@@ -73,6 +75,8 @@ class Binding:
         if is_shared and num_samples is not None:
             t, owners = t.expand(num_samples), {name: owner.expand(num_samples) for name, owner in owners.items()}
         self.routing = Routing(t, owners, is_shared)
+        if torch.is_grad_enabled():
+            self.averages.clear()
 
     @contextmanager
     def bound(self, t: Tensor) -> Iterator[None]:
@@ -172,32 +176,33 @@ class MixtureLayer(nn.Module):
             )
         seen = functional.dropout(x, self.dropout, self.training) if self.dropout else x
         for turn, scales in enumerate(binding.active_scales()):
-            gates = self._gates(scales, x, routing.spread(routing.t, x.shape[0]))
+            gates = self._gates(scales, x, routing)
             stacks = [self.experts[scale.name] for scale in scales]
             owners = [routing.spread(routing.owners[scale.name], x.shape[0]) for scale in scales]
             y = apply_experts(y, seen, stacks, owners, gates, self.geometry, in_place=turn > 0)  # type: ignore[arg-type]
         return y
 
-    def _gates(self, scales: Sequence[Scale], x: Tensor, t: Tensor) -> Tensor | None:
-        """Gates of scales of one role, ``(B, m)`` or ``(B, N, m)`` fp32; ``None`` where all are 1.
+    def _gates(self, scales: Sequence[Scale], x: Tensor, routing: Routing) -> Tensor | list[float]:
+        """Gates of scales of one role: m numbers, or what the router says, ``(B, m)`` or ``(B, N, m)`` fp32.
 
         Those that depend on a shared timestep alone come once, ``(1, m)``.
         """
         binding = self.binding
-        constants = [1.0 if binding.mode == "foster" else scale.constant_gate for scale in scales]
-        is_routed = binding.mode == "route" and self.router is not None and scales[0].gated
-        if not is_routed and all(gate == 1 for gate in constants):
-            return None
-        resting = torch.stack([torch.full_like(t, gate) for gate in constants], -1)
-        if self.router is None or not is_routed:
+        if binding.mode == "foster":
+            return [1.0] * len(scales)
+        resting = [scale.constant_gate for scale in scales]
+        if binding.mode == "switch" or self.router is None or not scales[0].gated:
             return resting
-        routed: Tensor = self.router(self._positions(x), t)
+        routed: Tensor = self.router(self._seen_by_router(x), routing.spread(routing.t, x.shape[0]))
         if binding.gate_log is not None:
             binding.gate_log.setdefault(self.name, []).append(routed.detach().expand(len(x), *routed.shape[1:]))
-        return routed + (resting if routed.dim() == 2 else resting[:, None])
+        if len(set(resting)) == 1:
+            return routed + resting[0]
+        return routed + torch.stack([routed.new_full((), gate) for gate in resting])  # no copy from the host
 
-    def _positions(self, x: Tensor) -> Tensor:
-        """The layer's input as ``(B, N, k)``."""
-        if self.geometry.kernel_size:
-            return x.flatten(2).transpose(1, 2)
-        return x.reshape(x.shape[0], -1, x.shape[-1])
+    def _seen_by_router(self, x: Tensor) -> Tensor:
+        """The layer's input averaged, ``(B, k)``, or as ``(B, N, k)`` for a gate per position."""
+        is_convolution = bool(self.geometry.kernel_size)
+        if self.binding.spec.gate == "sample":
+            return self.binding.averages.of(x, channels_first=is_convolution)
+        return x.flatten(2).transpose(1, 2) if is_convolution else x.reshape(x.shape[0], -1, x.shape[-1])

@@ -8,6 +8,7 @@ no Python branch on t, no value read back by the host.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,14 @@ class LayerGeometry:
         return all(size == 1 for size in (*self.kernel_size, *self.stride)) and plain_padding
 
     @property
+    def is_dense_plane(self) -> bool:
+        """Whether a convolution over a plane is computed at every position, with no more padding than it reaches."""
+        if isinstance(self.padding, str) or len(self.kernel_size) != 2 or any(step != 1 for step in self.stride):
+            return False
+        reach = zip(self.kernel_size, self.dilation, self.padding, strict=True)
+        return all(p <= d * (k - 1) for k, d, p in reach)
+
+    @property
     def keeps_positions(self) -> bool:
         """Whether output positions are the input's, one to one."""
         if isinstance(self.padding, str):
@@ -120,6 +129,10 @@ class ExpertStack(nn.Module):
         """A and B of the one expert that all samples use: owner ``(1,)``, or any where a single expert is held."""
         if len(self.A) == 1:
             return self.A, self.B
+        return self.each(owner)
+
+    def each(self, owner: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B of every sample's expert, ``(B, r, k)`` and ``(B, out, r / groups)``."""
         place = self.place_of(owner)
         return self.A.index_select(0, place), self.B.index_select(0, place)
 
@@ -133,7 +146,7 @@ def apply_experts(
     x: Tensor,
     stacks: list[ExpertStack],
     owners: list[Tensor],
-    gates: Tensor | None,
+    gates: Tensor | Sequence[float],
     geometry: LayerGeometry,
     *,
     in_place: bool = False,
@@ -147,55 +160,41 @@ def apply_experts(
         x: the layer's input, batch first.
         stacks: the m active scales.
         owners: m index tensors ``(B,)``, which expert of the scale each sample uses; ``(1,)`` where all use one.
-        gates: ``(B, m)``, or ``(B, N, m)`` for a gate per position, any dtype; B = 1 serves all samples; ``None``
-            where all are 1.
+        gates: m numbers, or ``(B, m)``, or ``(B, N, m)`` for a gate per position, any dtype; B = 1 serves all samples.
         geometry: of the base layer.
         in_place: ``base`` may be overwritten; only for a tensor that nobody else holds.
 
     Returns:
         A tensor shaped like ``base``.
     """
-    if all(len(stack.A) == 1 or len(owner) == 1 for stack, owner in zip(stacks, owners, strict=True)):
-        return _apply_shared(base, x, stacks, owners, gates, geometry, in_place)
-    chosen = [(stack, stack.place_of(owner)) for stack, owner in zip(stacks, owners, strict=True)]
-    downs = [stack.A.index_select(0, place) for stack, place in chosen]
-    ups = [stack.B.index_select(0, place) for stack, place in chosen]
-    down, up = _join(downs, ups, [stack.scaling for stack in stacks], geometry.groups)
-    strength = _strength(gates, stacks, geometry.groups)
+    is_shared = all(len(stack.A) == 1 or len(owner) == 1 for stack, owner in zip(stacks, owners, strict=True))
+    chosen = [
+        stack.only(owner) if is_shared else stack.each(owner) for stack, owner in zip(stacks, owners, strict=True)
+    ]
+    numbers = [1.0] * len(stacks) if isinstance(gates, Tensor) else gates
+    scalings = [gate * stack.scaling for gate, stack in zip(numbers, stacks, strict=True)]
+    down, up = _join([A for A, _ in chosen], [B for _, B in chosen], scalings, geometry.groups)
+    strength = _strength(gates, stacks, geometry.groups) if isinstance(gates, Tensor) else None
+    if is_shared and not geometry.kernel_size:
+        return _apply_to_rows(base, x, down[0], up[0], strength, in_place)
     hidden = _project_down(x, down.to(x.dtype), geometry)
     if strength is not None and strength.dim() == 2:
         up = up * strength[:, None, : up.shape[-1]].to(up.dtype)
     elif strength is not None:
         hidden = hidden * strength.transpose(1, 2).to(hidden.dtype)
-    return _add_up(base, hidden, up, geometry, in_place)
+    return _add_up(base, hidden, up.expand(len(x), -1, -1), geometry, in_place)
 
 
-def _apply_shared(
-    base: Tensor,
-    x: Tensor,
-    stacks: list[ExpertStack],
-    owners: list[Tensor],
-    gates: Tensor | None,
-    geometry: LayerGeometry,
-    in_place: bool,
+def _apply_to_rows(
+    base: Tensor, x: Tensor, down: Tensor, up: Tensor, strength: Tensor | None, in_place: bool
 ) -> Tensor:
-    """`apply_experts` where all samples use the same experts: one product serves them, gates act on its features."""
-    chosen = [stack.only(owner) for stack, owner in zip(stacks, owners, strict=True)]
-    scalings = [stack.scaling for stack in stacks]
-    down, up = _join([A for A, _ in chosen], [B for _, B in chosen], scalings, geometry.groups)
-    strength = _strength(gates, stacks, geometry.groups)
-    if geometry.kernel_size:
-        hidden = _convolve(x, down[0].to(x.dtype), geometry).flatten(2)
-        if strength is not None:
-            by_sample = strength[:, None] if strength.dim() == 2 else strength
-            hidden = hidden * by_sample.transpose(1, 2).to(hidden.dtype)
-        return _add_up(base, hidden, up.expand(len(x), -1, -1), geometry, in_place)
-    hidden = functional.linear(x, down[0].to(x.dtype)).reshape(len(x), -1, down.shape[1])
+    """A linear layer's one pair of A and B for all samples: one product over all rows, gates act on its features."""
+    hidden = functional.linear(x, down.to(x.dtype)).reshape(len(x), -1, len(down))
     if strength is not None:
         hidden = hidden * (strength[:, None] if strength.dim() == 2 else strength).to(hidden.dtype)
     add = torch.Tensor.addmm_ if in_place else torch.addmm
     flat = base.reshape(-1, base.shape[-1])
-    return add(flat, hidden.flatten(0, 1), up[0].T.to(hidden.dtype)).view(base.shape)
+    return add(flat, hidden.flatten(0, 1), up.T.to(hidden.dtype)).view(base.shape)
 
 
 def _join(downs: list[Tensor], ups: list[Tensor], scalings: list[float], groups: int) -> tuple[Tensor, Tensor]:
@@ -211,10 +210,10 @@ def _join(downs: list[Tensor], ups: list[Tensor], scalings: list[float], groups:
     return torch.cat(grouped, 2).flatten(1, 2), torch.cat(scaled, 2)
 
 
-def _strength(gates: Tensor | None, stacks: list[ExpertStack], groups: int) -> Tensor | None:
-    """Gates per scale spread over the joined rank: ``(B, R)`` or ``(B, N, R)``."""
-    if gates is None:
-        return None
+def _strength(gates: Tensor, stacks: list[ExpertStack], groups: int) -> Tensor:
+    """Gates per scale spread over the joined rank: ``(B, R)`` or ``(B, N, R)``; that of a single scale as it is."""
+    if len(stacks) == 1:
+        return gates
     parts = [gates[..., j, None].expand(*gates.shape[:-1], s.rank // groups) for j, s in enumerate(stacks)]
     joined = torch.cat(parts, -1)
     return joined if groups == 1 else joined.repeat(*(1,) * (gates.dim() - 1), groups)
@@ -238,19 +237,41 @@ def _add_up(base: Tensor, hidden: Tensor, up: Tensor, geometry: LayerGeometry, i
 
 
 def _project_down(x: Tensor, down: Tensor, geometry: LayerGeometry) -> Tensor:
-    """``A x`` with every sample's own A: ``(B, R, N)`` with N the output positions."""
+    """``A x``, ``(B, R, N)`` with N the output positions; A is every sample's own, or one ``(1, R, k)`` for all."""
     batch = x.shape[0]
     if not geometry.kernel_size:
         return torch.bmm(down, x.reshape(batch, -1, geometry.in_features).transpose(1, 2))
     if geometry.is_pointwise:
-        return torch.bmm(down, x.flatten(2))
+        return torch.bmm(down.expand(batch, -1, -1), x.flatten(2))
+    if geometry.is_dense_plane:
+        return _send(x, down, geometry)
+    if len(down) == 1:
+        return _convolve(x, down, geometry, groups=1).flatten(2)
     # one group per sample, so each meets its own experts
     hidden = _convolve(x.reshape(1, -1, *x.shape[2:]), down.flatten(0, 1), geometry, groups=batch)
     return hidden.reshape(batch, down.shape[1], -1)
 
 
-def _convolve(x: Tensor, down: Tensor, geometry: LayerGeometry, groups: int = 1) -> Tensor:
-    """The base layer's kind of convolution with A ``(R, k)`` as its kernel."""
+def _send(x: Tensor, down: Tensor, geometry: LayerGeometry) -> Tensor:
+    """A convolution with few output channels, as one product and a sum.
+
+    Every position computes what it gives to each position within the kernel's reach, R numbers for each, and those are
+    added up where they land: the sum over the kernel comes after the product over channels. Library kernels for
+    convolutions are slow where so few channels go out.
+    """
+    batch = x.shape[0]
+    kernel = down.reshape(len(down), -1, geometry.in_features, *geometry.kernel_size).flip(-1, -2)
+    sent = torch.bmm(kernel.flatten(3).transpose(2, 3).flatten(1, 2).expand(batch, -1, -1), x.flatten(2))
+    reach = [d * (k - 1) for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)]
+    padding = [int(p) for p in geometry.padding]
+    size = [n + 2 * p - r for n, p, r in zip(x.shape[2:], padding, reach, strict=True)]
+    margin = [r - p for p, r in zip(padding, reach, strict=True)]
+    landed = functional.fold(sent, tuple(size), geometry.kernel_size, geometry.dilation, tuple(margin))
+    return landed.flatten(2)
+
+
+def _convolve(x: Tensor, down: Tensor, geometry: LayerGeometry, groups: int) -> Tensor:
+    """The base layer's kind of convolution with A ``(..., R, k)`` as its kernel."""
     convolution = (functional.conv1d, functional.conv2d, functional.conv3d)[len(geometry.kernel_size) - 1]
     kernel = down.reshape(-1, geometry.in_features, *geometry.kernel_size)
     return convolution(x, kernel, None, geometry.stride, geometry.padding, geometry.dilation, groups)

@@ -1,4 +1,4 @@
-"""The router of one layer: ``G(z, t) = F(z) + E(t)`` (TSM, eq. 6-7)."""
+"""The router of one layer: ``G(z, t) = F(z) + E(t)`` (TSM, eq. 6-7), and what routers of many layers share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
 
 RouterInput = Literal["z_and_t", "z", "t"]
 GateGranularity = Literal["sample", "token"]
@@ -52,21 +53,22 @@ class Router(nn.Module):
         """Gates around their resting values.
 
         Args:
-            z: the layer's input, ``(B, N, k)``.
-            t: ``(B,)`` timesteps.
+            z: the layer's input, ``(B, k)`` averaged over positions, or ``(B, N, k)`` for a gate per position.
+            t: ``(B,)`` timesteps, or ``(1,)`` for all samples.
 
         Returns:
             ``(B, m)``, or ``(B, N, m)`` with a gate per position; fp32.
         """
         with torch.autocast(z.device.type, enabled=False):
-            gates = z.new_zeros((), dtype=torch.float32)
+            mapped = None
             if self.F is not None and self.bias is not None:
-                pooled = z.float() if self.granularity == "token" else z.float().mean(1)
-                gates = gates + functional.linear(pooled, self.F.float(), self.bias.float())
-            if self.E is not None:
-                timed = self._look_up(self.E.float(), t)
-                gates = gates + (timed[:, None] if self.granularity == "token" else timed)
-            return gates
+                mapped = functional.linear(z.float(), self.F.float(), self.bias.float())
+            if self.E is None:
+                assert mapped is not None
+                return mapped
+            timed = self._look_up(self.E.float(), t)
+            timed = timed[:, None] if self.granularity == "token" else timed
+            return timed if mapped is None else mapped + timed
 
     def _look_up(self, table: Tensor, t: Tensor) -> Tensor:
         if not self.is_smooth:
@@ -75,3 +77,42 @@ class Router(nn.Module):
         place = (t.float() / self.num_train_timesteps * last).clamp(0, last)
         below = place.floor().long().clamp(max=last - 1)
         return torch.lerp(table.index_select(0, below), table.index_select(0, below + 1), (place - below)[:, None])
+
+
+class Averages:
+    """Averages over positions of layers' inputs, ``(B, k)`` fp32, kept for as long as the input itself is.
+
+    Queries, keys and values read one tensor, and all cross-attentions read the prompt's: each is averaged once, a
+    prompt once for all steps. What is overwritten in place is averaged anew.
+    """
+
+    def __init__(self) -> None:
+        self._kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def __deepcopy__(self, memo: object) -> Averages:
+        """Nothing is worth copying."""
+        return Averages()
+
+    def clear(self) -> None:
+        """Forget all, so that no gradient flows through what an earlier forward pass computed."""
+        self._kept.clear()
+
+    def of(self, x: Tensor, *, channels_first: bool) -> Tensor:
+        """The average over all axes but the first and the channels'."""
+        # the compiler shares equal sums itself, and a captured graph must contain its own
+        is_recorded = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        if is_recorded or x.is_inference():  # which does not count what is done in place
+            return _average(x, channels_first)
+        now = (x._version, channels_first, x.requires_grad and torch.is_grad_enabled())
+        kept = self._kept.get(x)  # type: ignore[no-untyped-call]
+        if kept is None or kept[0] != now:
+            kept = now, _average(x, channels_first)
+            self._kept[x] = kept
+        average: Tensor = kept[1]
+        return average
+
+
+def _average(x: Tensor, channels_first: bool) -> Tensor:
+    if channels_first:
+        return x.flatten(2).mean(2, dtype=torch.float32)
+    return x.reshape(x.shape[0], -1, x.shape[-1]).mean(1, dtype=torch.float32)
