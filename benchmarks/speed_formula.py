@@ -1,8 +1,8 @@
 """What a layer with experts computes and moves beside the bare layer: floating-point operations and bytes.
 
 One call on B samples of N positions, c input and d output channels, a kernel of K positions (1 for a linear layer), so
-k = cK inputs per output; e bytes per element. A set of experts that is applied at once (the core, or all contexts) has
-the joint rank R, the sum of its s scales' ranks, and scale j has n_j experts.
+k = cK inputs per output; e bytes per element. All s scales that speak are applied at once, as one set of the joint rank
+R, the sum of their ranks; scale j has n_j experts.
 
     bare layer, forward     2 B N k d                flops     e (B N c + k d + B N d)                      bytes
     bare layer, backward    2 B N k d                          e (B N c + k d + B N d)          to the input alone
@@ -65,9 +65,7 @@ class Layer:
         return Cost(passes * 2 * bnc * self.kernel * self.outputs, passes * self.element * (bnc + weight + bnd))
 
     def experts(self, scales: Sequence[tuple[int, int]], *, training: bool) -> Cost:
-        """A set of scales that is applied at once: pairs of their number of experts and rank."""
-        if not scales:
-            return Cost(0, 0)
+        """All scales that speak, applied at once: pairs of their number of experts and rank."""
         b, rank, width = self.batch, sum(r for _, r in scales), self.inputs * self.kernel + self.outputs
         bn = b * self.positions
         passes = 1 if all(n == 1 for n, _ in scales) else 3 * b
@@ -91,9 +89,8 @@ class Layer:
 
     def mixture(self, num_experts: int, rank: int, num_contexts: int, *, training: bool) -> Cost:
         """All that the benchmark's mixture adds: a core of n experts, and m routed contexts of 2^i experts."""
-        core = self.experts([(num_experts, rank)], training=training)
-        contexts = self.experts([(2**i, rank) for i in range(num_contexts)], training=training)
-        return core + contexts + self.router(num_contexts, training=training)
+        scales = [(num_experts, rank), *((2**i, rank) for i in range(num_contexts))]
+        return self.experts(scales, training=training) + self.router(num_contexts, training=training)
 
 
 def predicted_ratio(bare: Cost, extra: Cost, rate: float, bandwidth: float) -> float:

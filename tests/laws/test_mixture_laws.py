@@ -174,7 +174,7 @@ def test_mode_off_changes_no_bit_with_any_experts(unet):
 @pytest.mark.parametrize("options", [{}, {"gate": "token"}, {"router_knots": 9}, {"router_input": "t"}], ids=str)
 @pytest.mark.parametrize("resting_gate", [0, 1])
 @pytest.mark.parametrize("numbers", [(8, 1), (4, 8), (8, 4, 1)], ids=str)
-def test_zero_router_routes_like_switching_to_the_bit(unet, numbers, resting_gate, options):
+def test_zero_router_routes_like_switching(unet, numbers, resting_gate, options):
     base = predict(unet, MIXED_T)
     targets = SAME_SIZE_TARGETS if "gate" in options else TARGETS
     spec = MixtureSpec(scales(*numbers, resting_gate=resting_gate), **options)
@@ -183,10 +183,11 @@ def test_zero_router_routes_like_switching_to_the_bit(unet, numbers, resting_gat
     switched = predict(unet, MIXED_T)
     mixture.mode = "route"
     assert max_error(switched, base) > 1e-3  # the experts are heard
-    assert torch.equal(predict(unet, MIXED_T), switched)
+    # fp32, values near 1: one product over all ranks rounds otherwise than one over the core's
+    assert max_error(predict(unet, MIXED_T), switched) <= 2e-6
     routed = predict(unet, 640)
     mixture.mode = "switch"
-    assert torch.equal(predict(unet, 640), routed)
+    assert max_error(predict(unet, 640), routed) <= 2e-6
 
 
 def test_resting_gate_decides_whether_contexts_are_switched_in():
@@ -358,6 +359,29 @@ def test_convolution_over_a_plane_in_both_forms(kernel, dilation, padding, group
         assert max_error(y, expected) <= 1e-12  # fp64; alpha / r is 2, exactly
         pulled = [torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for out in (y, expected)]
         assert max_error(*pulled) <= 1e-12
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Conv2d(6, 5, 3, 1, 1)], ids=["linear", "conv"])
+@pytest.mark.parametrize("t", [MIXED_T, torch.tensor(640.0)], ids=["mixed", "shared"])
+def test_what_others_hold_of_the_base_is_not_overwritten(layer, t):
+    x = normal(3, *((7, 6) if isinstance(layer, nn.Linear) else (6, 7, 7)))
+    net, _ = attach_to_layer(copy.deepcopy(layer), MixtureSpec(scales(8, 1)), "route")
+    with torch.no_grad():
+        alone = net(x, t)
+        held = []
+        handle = net.layer.base_layer.register_forward_hook(lambda module, inputs, output: held.append(output))
+        assert torch.equal(net(x, t), alone)
+        assert torch.equal(held[0], layer(x))
+        handle.remove()
+
+        class Keeping(type(layer)):
+            def forward(self, x):
+                self.kept = super().forward(x)
+                return self.kept
+
+        net.layer.base_layer.__class__ = Keeping
+        assert torch.equal(net(x, t), alone)
+        assert torch.equal(net.layer.base_layer.kept, layer(x))
 
 
 ROUTED_LAYERS = {

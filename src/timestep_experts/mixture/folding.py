@@ -74,7 +74,7 @@ class Folding:
         routing = binding.routing
         assert routing is not None
         t = (routing.t[:1] if routing.is_shared else routing.t).tolist()
-        scales = [scale for role in binding.active_scales() for scale in role]
+        scales = binding.active_scales()
         owners = {tuple(scale.partition.index_of(value) for scale in scales) for value in t}
         self.hold(dict(zip([s.name for s in scales], owners.pop(), strict=True)) if len(owners) == 1 else {})
         routing.is_folded = bool(self._held)
@@ -111,7 +111,7 @@ def folded_weight(layer: MixtureLayer, owners: Mapping[str, int]) -> Tensor:
             if scale.name in owners:
                 stack = cast("ExpertStack", layer.experts[scale.name])
                 owner = torch.tensor([owners[scale.name]], device=stack.A.device)
-                down, up = (weight[0].to(total.dtype) for weight in stack.only(owner))
+                down, up = (weight[0].to(total.dtype) for weight in stack.of(owner))
                 total = torch.addmm(total, up, down, alpha=scale.constant_gate * stack.scaling)
         return total.view(kept.shape)
 

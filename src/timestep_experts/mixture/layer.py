@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from timestep_experts.intervals import Interval
-from timestep_experts.mixture.lowrank import ExpertStack, LayerGeometry, apply_experts
+from timestep_experts.mixture.lowrank import ExpertStack, Gate, LayerGeometry, apply_experts
 from timestep_experts.mixture.router import Averages, Router
 from timestep_experts.mixture.spec import MixtureSpec, Scale
 
 Mode = Literal["off", "foster", "switch", "route"]
+PLAIN_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass
@@ -89,11 +90,9 @@ class Binding:
         finally:
             self.routing, self.is_bound = before
 
-    def active_scales(self) -> list[tuple[Scale, ...]]:
-        """The scales that speak in this mode: the cores first, then the contexts; a role without any is left out."""
-        speaking = [scale for scale in self.spec.scales if self._speaks(scale)]
-        roles = (tuple(s for s in speaking if not s.gated), tuple(s for s in speaking if s.gated))
-        return [role for role in roles if role]
+    def active_scales(self) -> tuple[Scale, ...]:
+        """The scales that speak in this mode, in the order of the spec."""
+        return tuple(scale for scale in self.spec.scales if self._speaks(scale))
 
     def _speaks(self, scale: Scale) -> bool:
         if self.mode == "foster":
@@ -153,11 +152,7 @@ class MixtureLayer(nn.Module):
             self.router.to(device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``base(x)`` plus what the mode lets the experts say; shapes are the base layer's.
-
-        Core and context scales are applied one after the other, each set in the fused form: so a router that says
-        nothing leaves switching unchanged to the bit, which one joint product over all ranks would not.
-        """
+        """``base(x)`` plus what the mode lets the experts say; shapes are the base layer's."""
         y: Tensor = self.base_layer(x)
         binding, routing = self.binding, self.binding.routing
         if self.is_folded:
@@ -175,30 +170,35 @@ class MixtureLayer(nn.Module):
                 " or bind one with Mixture.at(t)."
             )
         seen = functional.dropout(x, self.dropout, self.training) if self.dropout else x
-        for turn, scales in enumerate(binding.active_scales()):
-            gates = self._gates(scales, x, routing)
-            stacks = [self.experts[scale.name] for scale in scales]
-            owners = [routing.spread(routing.owners[scale.name], x.shape[0]) for scale in scales]
-            y = apply_experts(y, seen, stacks, owners, gates, self.geometry, in_place=turn > 0)  # type: ignore[arg-type]
-        return y
+        scales = binding.active_scales()
+        if not scales:
+            return y
+        stacks: list[Any] = [self.experts[scale.name] for scale in scales]
+        owners = [routing.spread(routing.owners[scale.name], x.shape[0]) for scale in scales]
+        gates = self._gates(scales, x, routing)
+        return apply_experts(y, seen, stacks, owners, gates, self.geometry, in_place=self._may_overwrite_base())
 
-    def _gates(self, scales: Sequence[Scale], x: Tensor, routing: Routing) -> Tensor | list[float]:
-        """Gates of scales of one role: m numbers, or what the router says, ``(B, m)`` or ``(B, N, m)`` fp32.
+    def _may_overwrite_base(self) -> bool:
+        """Whether the base layer's output is a new tensor that nobody else has seen, autograd included."""
+        base = self.base_layer
+        return not torch.is_grad_enabled() and type(base) in PLAIN_LAYERS and not base._forward_hooks
 
-        Those that depend on a shared timestep alone come once, ``(1, m)``.
+    def _gates(self, scales: Sequence[Scale], x: Tensor, routing: Routing) -> list[Gate]:
+        """Gates of these scales: numbers, but for what the router says ``(B,)`` or ``(B, N)`` fp32.
+
+        Those that depend on a shared timestep alone come once, ``(1,)``.
         """
         binding = self.binding
         if binding.mode == "foster":
             return [1.0] * len(scales)
-        resting = [scale.constant_gate for scale in scales]
-        if binding.mode == "switch" or self.router is None or not scales[0].gated:
+        resting: list[Gate] = [scale.constant_gate for scale in scales]
+        if binding.mode == "switch" or self.router is None:
             return resting
         routed: Tensor = self.router(self._seen_by_router(x), routing.spread(routing.t, x.shape[0]))
         if binding.gate_log is not None:
             binding.gate_log.setdefault(self.name, []).append(routed.detach().expand(len(x), *routed.shape[1:]))
-        if len(set(resting)) == 1:
-            return routed + resting[0]
-        return routed + torch.stack([routed.new_full((), gate) for gate in resting])  # no copy from the host
+        said = iter(routed.unbind(-1))
+        return [rest + next(said) if scale.gated else rest for scale, rest in zip(scales, resting, strict=True)]
 
     def _seen_by_router(self, x: Tensor) -> Tensor:
         """The layer's input averaged, ``(B, k)``, or as ``(B, N, k)`` for a gate per position."""

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+Gate = float | Tensor
+"""Of one scale: a number, ``(B,)`` per sample, or ``(B, N)`` per position; B = 1 serves all samples. Any dtype."""
+
 
 @dataclass(frozen=True)
 class LayerGeometry:
@@ -125,14 +128,10 @@ class ExpertStack(nn.Module):
             return owner
         return (owner - self.first).clamp(0, len(self.A) - 1)
 
-    def only(self, owner: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B of the one expert that all samples use: owner ``(1,)``, or any where a single expert is held."""
+    def of(self, owner: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B of these experts, ``(B, r, k)`` and ``(B, out, r / groups)``; B = 1 where one alone is held."""
         if len(self.A) == 1:
             return self.A, self.B
-        return self.each(owner)
-
-    def each(self, owner: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B of every sample's expert, ``(B, r, k)`` and ``(B, out, r / groups)``."""
         place = self.place_of(owner)
         return self.A.index_select(0, place), self.B.index_select(0, place)
 
@@ -144,9 +143,9 @@ class ExpertStack(nn.Module):
 def apply_experts(
     base: Tensor,
     x: Tensor,
-    stacks: list[ExpertStack],
-    owners: list[Tensor],
-    gates: Tensor | Sequence[float],
+    stacks: Sequence[ExpertStack],
+    owners: Sequence[Tensor],
+    gates: Sequence[Gate],
     geometry: LayerGeometry,
     *,
     in_place: bool = False,
@@ -154,93 +153,92 @@ def apply_experts(
     """Add every sample's experts to the base layer's output, in the fused form.
 
     ``base + sum_j gate_j * (alpha_j / r_j) * B_j[i_j] A_j[i_j] x``  (TSM, eq. 5), with R the sum of the active ranks.
+    All scales are one product of rank R: the input is read once, the output once read and written.
 
     Args:
         base: ``(B, ..., out)``, or ``(B, out, *space)`` for a convolution.
         x: the layer's input, batch first.
         stacks: the m active scales.
         owners: m index tensors ``(B,)``, which expert of the scale each sample uses; ``(1,)`` where all use one.
-        gates: m numbers, or ``(B, m)``, or ``(B, N, m)`` for a gate per position, any dtype; B = 1 serves all samples.
+        gates: m of them.
         geometry: of the base layer.
-        in_place: ``base`` may be overwritten; only for a tensor that nobody else holds.
+        in_place: ``base`` may be overwritten; only for a tensor that nobody else holds, and without gradients, which
+            would be copied for it.
 
     Returns:
         A tensor shaped like ``base``.
     """
-    is_shared = all(len(stack.A) == 1 or len(owner) == 1 for stack, owner in zip(stacks, owners, strict=True))
-    chosen = [
-        stack.only(owner) if is_shared else stack.each(owner) for stack, owner in zip(stacks, owners, strict=True)
-    ]
-    numbers = [1.0] * len(stacks) if isinstance(gates, Tensor) else gates
-    scalings = [gate * stack.scaling for gate, stack in zip(numbers, stacks, strict=True)]
-    down, up = _join([A for A, _ in chosen], [B for _, B in chosen], scalings, geometry.groups)
-    strength = _strength(gates, stacks, geometry.groups) if isinstance(gates, Tensor) else None
-    if is_shared and not geometry.kernel_size:
-        return _apply_to_rows(base, x, down[0], up[0], strength, in_place)
-    hidden = _project_down(x, down.to(x.dtype), geometry)
-    if strength is not None and strength.dim() == 2:
-        up = up * strength[:, None, : up.shape[-1]].to(up.dtype)
-    elif strength is not None:
-        hidden = hidden * strength.transpose(1, 2).to(hidden.dtype)
-    return _add_up(base, hidden, up.expand(len(x), -1, -1), geometry, in_place)
-
-
-def _apply_to_rows(
-    base: Tensor, x: Tensor, down: Tensor, up: Tensor, strength: Tensor | None, in_place: bool
-) -> Tensor:
-    """A linear layer's one pair of A and B for all samples: one product over all rows, gates act on its features."""
-    hidden = functional.linear(x, down.to(x.dtype)).reshape(len(x), -1, len(down))
+    chosen = [stack.of(owner) for stack, owner in zip(stacks, owners, strict=True)]
+    ups = [_scaled(up, gate, stack.scaling) for (_, up), gate, stack in zip(chosen, gates, stacks, strict=True)]
+    down, up = _join([down for down, _ in chosen], ups, geometry.groups)
+    strength = _strength_per_position(gates, stacks, geometry.groups)
+    project, add = (_project_planes, _add_planes) if geometry.kernel_size else (_project_rows, _add_rows)
+    hidden = project(x, down.to(x.dtype), geometry)
     if strength is not None:
-        hidden = hidden * (strength[:, None] if strength.dim() == 2 else strength).to(hidden.dtype)
-    add = torch.Tensor.addmm_ if in_place else torch.addmm
-    flat = base.reshape(-1, base.shape[-1])
-    return add(flat, hidden.flatten(0, 1), up.T.to(hidden.dtype)).view(base.shape)
+        hidden = hidden * (strength.transpose(1, 2) if geometry.kernel_size else strength).to(hidden.dtype)
+    up = up.to(hidden.dtype)  # under autocast the first product has chosen it
+    return add(base, hidden, up, geometry, in_place)
 
 
-def _join(downs: list[Tensor], ups: list[Tensor], scalings: list[float], groups: int) -> tuple[Tensor, Tensor]:
-    """Experts of several scales as one: ``(B, R, k)`` and ``(B, out, R / groups)``, scaled by alpha / r.
+def _scaled(up: Tensor, gate: Gate, scaling: float) -> Tensor:
+    """B times alpha / r and the gate; gates per position act on features, not here."""
+    if not isinstance(gate, Tensor):
+        return up if gate * scaling == 1 else up * (gate * scaling)
+    if gate.dim() > 1:
+        return up if scaling == 1 else up * scaling
+    return up * (gate * scaling)[:, None, None].to(up.dtype)
+
+
+def _join(downs: Sequence[Tensor], ups: Sequence[Tensor], groups: int) -> tuple[Tensor, Tensor]:
+    """Experts of several scales as one: ``(B, R, k)`` and ``(B, out, R / groups)``; B = 1 where all have B = 1.
 
     In a grouped convolution each group's rows of B see their own share of every scale's rank, so ranks are joined
     group by group.
     """
-    scaled = [up if scaling == 1 else up * scaling for up, scaling in zip(ups, scalings, strict=True)]
     if len(downs) == 1:
-        return downs[0], scaled[0]
-    grouped = [down.view(len(down), groups, -1, down.shape[-1]) for down in downs]
-    return torch.cat(grouped, 2).flatten(1, 2), torch.cat(scaled, 2)
+        return downs[0], ups[0]
+    grouped = _same_length([down.view(len(down), groups, -1, down.shape[-1]) for down in downs])
+    return torch.cat(grouped, 2).flatten(1, 2), torch.cat(_same_length(ups), 2)
 
 
-def _strength(gates: Tensor, stacks: list[ExpertStack], groups: int) -> Tensor:
-    """Gates per scale spread over the joined rank: ``(B, R)`` or ``(B, N, R)``; that of a single scale as it is."""
-    if len(stacks) == 1:
-        return gates
-    parts = [gates[..., j, None].expand(*gates.shape[:-1], s.rank // groups) for j, s in enumerate(stacks)]
+def _same_length(tensors: Sequence[Tensor]) -> list[Tensor]:
+    longest = max(len(tensor) for tensor in tensors)
+    return [tensor.expand(longest, *tensor.shape[1:]) for tensor in tensors]
+
+
+def _strength_per_position(gates: Sequence[Gate], stacks: Sequence[ExpertStack], groups: int) -> Tensor | None:
+    """Gates per position spread over the joined rank, ``(B, N, R)``, with 1 for the others; ``None`` without any."""
+    shape = next((gate.shape for gate in gates if isinstance(gate, Tensor) and gate.dim() > 1), None)
+    if shape is None:
+        return None
+    parts = [
+        (gate[..., None] if isinstance(gate, Tensor) else stack.A.new_ones(1)).expand(*shape, stack.rank // groups)
+        for gate, stack in zip(gates, stacks, strict=True)
+    ]
     joined = torch.cat(parts, -1)
-    return joined if groups == 1 else joined.repeat(*(1,) * (gates.dim() - 1), groups)
+    return joined if groups == 1 else joined.repeat(1, 1, groups)
 
 
-def _add_up(base: Tensor, hidden: Tensor, up: Tensor, geometry: LayerGeometry, in_place: bool) -> Tensor:
-    """``base + B hidden`` with hidden ``(B, R, N)`` and up ``(B, out, R / groups)``."""
-    up = up.to(hidden.dtype)  # under autocast the first product has chosen it
-    add = torch.Tensor.baddbmm_ if in_place else torch.baddbmm
-    if not geometry.kernel_size:
-        flat = base.reshape(base.shape[0], -1, base.shape[-1])
-        return add(flat, hidden.transpose(1, 2), up.transpose(1, 2)).view(base.shape)
-    (batch, out), groups = base.shape[:2], geometry.groups
-    y = add(
-        base.reshape(batch * groups, out // groups, -1),
-        up.reshape(batch * groups, out // groups, -1),
-        hidden.reshape(batch * groups, -1, hidden.shape[-1]),
-    ).view(base.shape)
-    # channels that were last stay last: later layers would choose other kernels, which round differently
-    return y if base.is_contiguous() else torch.empty_like(base).copy_(y)
+def _project_rows(x: Tensor, down: Tensor, geometry: LayerGeometry) -> Tensor:
+    """``A x`` of a linear layer, ``(B, N, R)``; A is every sample's own, or one ``(1, R, k)`` for all."""
+    rows = x.reshape(x.shape[0], -1, geometry.in_features)
+    return functional.linear(rows, down[0]) if len(down) == 1 else torch.bmm(rows, down.transpose(1, 2))
 
 
-def _project_down(x: Tensor, down: Tensor, geometry: LayerGeometry) -> Tensor:
-    """``A x``, ``(B, R, N)`` with N the output positions; A is every sample's own, or one ``(1, R, k)`` for all."""
+def _add_rows(base: Tensor, hidden: Tensor, up: Tensor, _: LayerGeometry, in_place: bool) -> Tensor:
+    """``base + B hidden`` of a linear layer, with hidden ``(B, N, R)``."""
+    # as rows of (B, R, out): products of so few columns are several times slower forward and, above all, backward
+    rows = up.transpose(1, 2).contiguous()
+    if len(rows) == 1:
+        add = torch.Tensor.addmm_ if in_place else torch.addmm
+        return add(base.reshape(-1, base.shape[-1]), hidden.flatten(0, 1), rows[0]).view(base.shape)
+    batched_add = torch.Tensor.baddbmm_ if in_place else torch.baddbmm
+    return batched_add(base.reshape(len(rows), -1, base.shape[-1]), hidden, rows).view(base.shape)
+
+
+def _project_planes(x: Tensor, down: Tensor, geometry: LayerGeometry) -> Tensor:
+    """``A x`` of a convolution, ``(B, R, N)`` with N the output positions; A as for rows."""
     batch = x.shape[0]
-    if not geometry.kernel_size:
-        return torch.bmm(down, x.reshape(batch, -1, geometry.in_features).transpose(1, 2))
     if geometry.is_pointwise:
         return torch.bmm(down.expand(batch, -1, -1), x.flatten(2))
     if geometry.is_dense_plane:
@@ -250,6 +248,22 @@ def _project_down(x: Tensor, down: Tensor, geometry: LayerGeometry) -> Tensor:
     # one group per sample, so each meets its own experts
     hidden = _convolve(x.reshape(1, -1, *x.shape[2:]), down.flatten(0, 1), geometry, groups=batch)
     return hidden.reshape(batch, down.shape[1], -1)
+
+
+def _add_planes(base: Tensor, hidden: Tensor, up: Tensor, geometry: LayerGeometry, in_place: bool) -> Tensor:
+    """``base + B hidden`` of a convolution, with hidden ``(B, R, N)``."""
+    up = up.expand(base.shape[0], -1, -1)
+    add = torch.Tensor.baddbmm_ if in_place else torch.baddbmm
+    if geometry.groups == 1 and not base.is_contiguous():  # channels that are last stay last
+        rows = base.flatten(2).transpose(1, 2)
+        return add(rows, hidden.transpose(1, 2), up.transpose(1, 2)).transpose(1, 2).view(base.shape)
+    (batch, out), groups = base.shape[:2], geometry.groups
+    y = add(
+        base.reshape(batch * groups, out // groups, -1),
+        up.reshape(batch * groups, out // groups, -1),
+        hidden.reshape(batch * groups, -1, hidden.shape[-1]),
+    ).view(base.shape)
+    return y if base.is_contiguous() else torch.empty_like(base).copy_(y)
 
 
 def _send(x: Tensor, down: Tensor, geometry: LayerGeometry) -> Tensor:

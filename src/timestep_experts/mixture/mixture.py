@@ -314,7 +314,7 @@ class Mixture:
         state = self.state_dict()
         active = 0
         for layer in self.layers.values():
-            scales = [scale for role in self._binding.active_scales() for scale in role]
+            scales = self._binding.active_scales()
             active += sum(layer.geometry.num_expert_parameters(scale.rank) for scale in scales)
             if self.mode == "route" and layer.router is not None:
                 rows = [p if p is not layer.router.E else p[0] for p in layer.router.parameters()]
