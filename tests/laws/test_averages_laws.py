@@ -29,14 +29,18 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("shape", "channels_first"), [((2, 5, 6), False), ((2, 3, 4, 6), False), ((2, 6, 3, 4), True)])
+@pytest.mark.parametrize(
+    ("shape", "channels_first"), [((2, 6), False), ((2, 5, 6), False), ((2, 3, 4, 6), False), ((2, 6, 3, 4), True)]
+)
 def test_averages_are_over_positions_in_fp32(shape, channels_first, dtype):
     x = normal(*shape).to(dtype)
     middle = tuple(range(2, len(shape))) if channels_first else tuple(range(1, len(shape) - 1))
     averaged = Averages().of(x, channels_first=channels_first)
     assert averaged.dtype == torch.float32
     assert averaged.shape == (2, 6)
-    assert max_error(averaged, x.float().mean(middle)) <= 1e-6
+    expected = x.float().mean(middle) if middle else x.float()
+    assert max_error(averaged, expected) <= 1e-6
+    assert averaged is not x
 
 
 def test_a_prompt_is_averaged_once_for_all_layers_and_steps(counted):

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from timestep_experts.intervals import Interval
-from timestep_experts.mixture.lowrank import ExpertStack, Gate, LayerGeometry, apply_experts
+from timestep_experts.mixture.lowrank import (
+    ExpertStack,
+    Gate,
+    LayerGeometry,
+    add_experts,
+    gather_experts,
+    read_input,
+)
 from timestep_experts.mixture.router import Averages, Router
 from timestep_experts.mixture.spec import MixtureSpec, Scale
 
@@ -169,24 +176,41 @@ class MixtureLayer(nn.Module):
                 f"{self.name}: the experts know no timestep. Call the denoiser itself (its hook reads the timestep),"
                 " or bind one with Mixture.at(t)."
             )
-        seen = functional.dropout(x, self.dropout, self.training) if self.dropout else x
         scales = binding.active_scales()
         if not scales:
             return y
         stacks: list[Any] = [self.experts[scale.name] for scale in scales]
         owners = [routing.spread(routing.owners[scale.name], x.shape[0]) for scale in scales]
-        gates = self._gates(scales, x, routing)
-        return apply_experts(y, seen, stacks, owners, gates, self.geometry, in_place=self._may_overwrite_base())
+        down, ups = gather_experts(stacks, owners, self.geometry.groups)
+        averages = binding.averages if self._asks_for_average() else None
+        if self.dropout and self.training:
+            hidden, _ = read_input(functional.dropout(x, self.dropout), down, self.geometry)
+            average = None if averages is None else averages.of(x, channels_first=bool(self.geometry.kernel_size))
+        else:
+            hidden, average = read_input(x, down, self.geometry, averages)
+        gates = self._gates(scales, self._positions(x) if average is None else average, routing)
+        scalings = [stack.scaling for stack in stacks]
+        return add_experts(y, hidden, ups, gates, scalings, self.geometry, in_place=self._may_overwrite_base())
+
+    def _asks_for_average(self) -> bool:
+        router = self.router
+        is_asked = self.binding.mode == "route" and router is not None and router.F is not None
+        return is_asked and self.binding.spec.gate == "sample"
 
     def _may_overwrite_base(self) -> bool:
         """Whether the base layer's output is a new tensor that nobody else has seen, autograd included."""
         base = self.base_layer
         return not torch.is_grad_enabled() and type(base) in PLAIN_LAYERS and not base._forward_hooks
 
-    def _gates(self, scales: Sequence[Scale], x: Tensor, routing: Routing) -> list[Gate]:
-        """Gates of these scales: numbers, but for what the router says ``(B,)`` or ``(B, N)`` fp32.
+    def _gates(self, scales: Sequence[Scale], z: Tensor, routing: Routing) -> list[Gate]:
+        """Gates of these scales: numbers, but for what the router says of z, ``(B,)`` or ``(B, N)`` fp32.
 
         Those that depend on a shared timestep alone come once, ``(1,)``.
+
+        Args:
+            scales: that speak.
+            z: the layer's input, ``(B, N, k)``, or its average ``(B, k)`` where the router asks for that.
+            routing: of the running forward pass.
         """
         binding = self.binding
         if binding.mode == "foster":
@@ -194,15 +218,12 @@ class MixtureLayer(nn.Module):
         resting: list[Gate] = [scale.constant_gate for scale in scales]
         if binding.mode == "switch" or self.router is None:
             return resting
-        routed: Tensor = self.router(self._seen_by_router(x), routing.spread(routing.t, x.shape[0]))
+        routed: Tensor = self.router(z, routing.spread(routing.t, len(z)))
         if binding.gate_log is not None:
-            binding.gate_log.setdefault(self.name, []).append(routed.detach().expand(len(x), *routed.shape[1:]))
+            binding.gate_log.setdefault(self.name, []).append(routed.detach().expand(len(z), *routed.shape[1:]))
         said = iter(routed.unbind(-1))
         return [rest + next(said) if scale.gated else rest for scale, rest in zip(scales, resting, strict=True)]
 
-    def _seen_by_router(self, x: Tensor) -> Tensor:
-        """The layer's input averaged, ``(B, k)``, or as ``(B, N, k)`` for a gate per position."""
-        is_convolution = bool(self.geometry.kernel_size)
-        if self.binding.spec.gate == "sample":
-            return self.binding.averages.of(x, channels_first=is_convolution)
-        return x.flatten(2).transpose(1, 2) if is_convolution else x.reshape(x.shape[0], -1, x.shape[-1])
+    def _positions(self, x: Tensor) -> Tensor:
+        """The layer's input as ``(B, N, k)``."""
+        return x.flatten(2).transpose(1, 2) if self.geometry.kernel_size else x.reshape(len(x), -1, x.shape[-1])

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from timestep_experts.mixture.router import Averages
+
 Gate = float | Tensor
 """Of one scale: a number, ``(B,)`` per sample, or ``(B, N)`` per position; B = 1 serves all samples. Any dtype."""
 
@@ -140,27 +142,70 @@ class ExpertStack(nn.Module):
         return f"experts={self.A.shape[0]}, rank={self.rank}, scaling={self.scaling:g}"
 
 
-def apply_experts(
+def gather_experts(stacks: Sequence[ExpertStack], owners: Sequence[Tensor], groups: int) -> tuple[Tensor, list[Tensor]]:
+    """Every sample's experts: A of all scales joined, ``(B, R, k)``, and B of each, ``(B, out, r / groups)``.
+
+    R is the sum of the active ranks. In a grouped convolution each group's rows of B see their own share of every
+    scale's rank, so ranks are joined group by group.
+
+    Args:
+        stacks: the m active scales.
+        owners: m index tensors ``(B,)``, which expert of the scale each sample uses; ``(1,)`` where all use one, and
+            then that is what is gathered.
+        groups: of the base layer.
+    """
+    chosen = [stack.of(owner) for stack, owner in zip(stacks, owners, strict=True)]
+    downs, ups = [down for down, _ in chosen], [up for _, up in chosen]
+    if len(downs) == 1:
+        return downs[0], ups
+    grouped = _same_length([down.view(len(down), groups, -1, down.shape[-1]) for down in downs])
+    return torch.cat(grouped, 2).flatten(1, 2), ups
+
+
+def read_input(
+    x: Tensor, down: Tensor, geometry: LayerGeometry, averages: Averages | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """All that experts and router read of a layer's input.
+
+    Args:
+        x: the input, batch first.
+        down: A of every sample, or ``(1, R, k)`` for all.
+        geometry: of the base layer.
+        averages: gives the average of x over positions; ``None`` where no router asks for it.
+
+    Returns:
+        ``A x``, ``(B, N, R)`` of a linear layer and ``(B, R, N)`` of a convolution, with N the output positions; and
+        the average, ``(B, k)`` fp32.
+    """
+    down, channels_first = down.to(x.dtype), bool(geometry.kernel_size)
+    is_product = not channels_first or geometry.is_pointwise
+    if is_product and len(down) == len(x) and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _read_jointly(x, down, channels_first, averages)
+    hidden = _project_planes(x, down, geometry) if channels_first else _project_rows(x, down)
+    return hidden, None if averages is None else averages.of(x, channels_first=channels_first)
+
+
+def add_experts(
     base: Tensor,
-    x: Tensor,
-    stacks: Sequence[ExpertStack],
-    owners: Sequence[Tensor],
+    hidden: Tensor,
+    ups: Sequence[Tensor],
     gates: Sequence[Gate],
+    scalings: Sequence[float],
     geometry: LayerGeometry,
     *,
     in_place: bool = False,
 ) -> Tensor:
     """Add every sample's experts to the base layer's output, in the fused form.
 
-    ``base + sum_j gate_j * (alpha_j / r_j) * B_j[i_j] A_j[i_j] x``  (TSM, eq. 5), with R the sum of the active ranks.
-    All scales are one product of rank R: the input is read once, the output once read and written.
+    ``base + sum_j gate_j * (alpha_j / r_j) * B_j[i_j] A_j[i_j] x``  (TSM, eq. 5). All scales are one product of rank R:
+    the input is read once, the output once read and written.
 
     Args:
         base: ``(B, ..., out)``, or ``(B, out, *space)`` for a convolution.
-        x: the layer's input, batch first.
-        stacks: the m active scales.
-        owners: m index tensors ``(B,)``, which expert of the scale each sample uses; ``(1,)`` where all use one.
+        hidden: ``A x``, see `read_input`.
+        ups: B of the m active scales, see `gather_experts`.
         gates: m of them.
+        scalings: alpha / r of each scale.
         geometry: of the base layer.
         in_place: ``base`` may be overwritten; only for a tensor that nobody else holds, and without gradients, which
             would be copied for it.
@@ -168,16 +213,14 @@ def apply_experts(
     Returns:
         A tensor shaped like ``base``.
     """
-    chosen = [stack.of(owner) for stack, owner in zip(stacks, owners, strict=True)]
-    ups = [_scaled(up, gate, stack.scaling) for (_, up), gate, stack in zip(chosen, gates, stacks, strict=True)]
-    down, up = _join([down for down, _ in chosen], ups, geometry.groups)
-    strength = _strength_per_position(gates, stacks, geometry.groups)
-    project, add = (_project_planes, _add_planes) if geometry.kernel_size else (_project_rows, _add_rows)
-    hidden = project(x, down.to(x.dtype), geometry)
+    strength = _strength_per_position(gates, ups)
     if strength is not None:
+        strength = strength if geometry.groups == 1 else strength.repeat(1, 1, geometry.groups)
         hidden = hidden * (strength.transpose(1, 2) if geometry.kernel_size else strength).to(hidden.dtype)
+    scaled = _same_length([_scaled(*each) for each in zip(ups, gates, scalings, strict=True)])
+    up = torch.cat(scaled, 2) if len(scaled) > 1 else scaled[0]
     up = up.to(hidden.dtype)  # under autocast the first product has chosen it
-    return add(base, hidden, up, geometry, in_place)
+    return (_add_planes if geometry.kernel_size else _add_rows)(base, hidden, up, geometry, in_place)
 
 
 def _scaled(up: Tensor, gate: Gate, scaling: float) -> Tensor:
@@ -189,40 +232,98 @@ def _scaled(up: Tensor, gate: Gate, scaling: float) -> Tensor:
     return up * (gate * scaling)[:, None, None].to(up.dtype)
 
 
-def _join(downs: Sequence[Tensor], ups: Sequence[Tensor], groups: int) -> tuple[Tensor, Tensor]:
-    """Experts of several scales as one: ``(B, R, k)`` and ``(B, out, R / groups)``; B = 1 where all have B = 1.
-
-    In a grouped convolution each group's rows of B see their own share of every scale's rank, so ranks are joined
-    group by group.
-    """
-    if len(downs) == 1:
-        return downs[0], ups[0]
-    grouped = _same_length([down.view(len(down), groups, -1, down.shape[-1]) for down in downs])
-    return torch.cat(grouped, 2).flatten(1, 2), torch.cat(_same_length(ups), 2)
-
-
 def _same_length(tensors: Sequence[Tensor]) -> list[Tensor]:
     longest = max(len(tensor) for tensor in tensors)
     return [tensor.expand(longest, *tensor.shape[1:]) for tensor in tensors]
 
 
-def _strength_per_position(gates: Sequence[Gate], stacks: Sequence[ExpertStack], groups: int) -> Tensor | None:
-    """Gates per position spread over the joined rank, ``(B, N, R)``, with 1 for the others; ``None`` without any."""
+def _strength_per_position(gates: Sequence[Gate], ups: Sequence[Tensor]) -> Tensor | None:
+    """Gates per position spread over the ranks of one group, ``(B, N, R)``, 1 for the others; ``None`` without any."""
     shape = next((gate.shape for gate in gates if isinstance(gate, Tensor) and gate.dim() > 1), None)
     if shape is None:
         return None
     parts = [
-        (gate[..., None] if isinstance(gate, Tensor) else stack.A.new_ones(1)).expand(*shape, stack.rank // groups)
-        for gate, stack in zip(gates, stacks, strict=True)
+        gate[..., None] if isinstance(gate, Tensor) else up.new_ones(1) for gate, up in zip(gates, ups, strict=True)
     ]
-    joined = torch.cat(parts, -1)
-    return joined if groups == 1 else joined.repeat(1, 1, groups)
+    return torch.cat([part.expand(*shape, up.shape[-1]) for part, up in zip(parts, ups, strict=True)], -1)
 
 
-def _project_rows(x: Tensor, down: Tensor, geometry: LayerGeometry) -> Tensor:
+def _read_jointly(
+    x: Tensor, down: Tensor, channels_first: bool, averages: Averages | None
+) -> tuple[Tensor, Tensor | None]:
+    with torch.no_grad():
+        average = None if averages is None else averages.of(x, channels_first=channels_first)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        x, down = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (x, down))
+    read: tuple[Tensor, Tensor | None] = JointReading.apply(x, down, average, channels_first)  # type: ignore[no-untyped-call]
+    return read
+
+
+class JointReading(torch.autograd.Function):
+    """``A x`` and the average of x, whose gradients reach x by one product.
+
+    Left to autograd, the average's gradient would be written out for every position and added to the other's, and A's
+    would come of a product with few columns; together as much work as all the rest that experts do.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, down: Tensor, average: Tensor | None, channels_first: bool) -> tuple[Tensor, Tensor | None]:
+        """See `read_input`; the average is given by its value."""
+        return _read(x, down, channels_first), None if average is None else average.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004 - torch passes it
+        """Keep what autograd would have kept."""
+        x, down, average, ctx.channels_first = inputs
+        ctx.has_average = average is not None
+        ctx.save_for_backward(x, down)
+        ctx.save_for_forward(x, down)
+
+    @staticmethod
+    def backward(ctx: Any, d_hidden: Tensor, d_average: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of x and A."""
+        x, down = ctx.saved_tensors
+        z = _flat(x, ctx.channels_first)
+        dx = d_down = None
+        if ctx.needs_input_grad[0]:
+            first, second = (down.transpose(1, 2), d_hidden) if ctx.channels_first else (d_hidden, down)
+            if d_average is None:
+                dx = torch.bmm(first, second)
+            else:
+                positions = 2 if ctx.channels_first else 1
+                share = (d_average / z.shape[positions]).to(z.dtype).unsqueeze(positions)
+                dx = torch.baddbmm(share.expand_as(z), first, second)
+            dx = dx.view(x.shape)
+        if ctx.needs_input_grad[1]:
+            first, second = (d_hidden, z.transpose(1, 2)) if ctx.channels_first else (d_hidden.transpose(1, 2), z)
+            d_down = torch.bmm(first, second)
+        return dx, d_down, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x_t: Tensor, down_t: Tensor, *_: Any) -> tuple[Tensor, Tensor | None]:
+        """The change along changes of x and A, for forward-mode differentiation."""
+        x, down = ctx.saved_tensors
+        hidden_t = _read(x_t, down, ctx.channels_first) + _read(x, down_t, ctx.channels_first)
+        average_t = _flat(x_t, ctx.channels_first).float().mean(2 if ctx.channels_first else 1)
+        return hidden_t, average_t if ctx.has_average else None
+
+
+def _read(x: Tensor, down: Tensor, channels_first: bool) -> Tensor:
+    z = _flat(x, channels_first)
+    return torch.bmm(down, z) if channels_first else torch.bmm(z, down.transpose(1, 2))
+
+
+def _flat(x: Tensor, channels_first: bool) -> Tensor:
+    """``(B, k, N)`` of a convolution's input, ``(B, N, k)`` of a linear layer's."""
+    return x.flatten(2) if channels_first else x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _project_rows(x: Tensor, down: Tensor) -> Tensor:
     """``A x`` of a linear layer, ``(B, N, R)``; A is every sample's own, or one ``(1, R, k)`` for all."""
-    rows = x.reshape(x.shape[0], -1, geometry.in_features)
-    return functional.linear(rows, down[0]) if len(down) == 1 else torch.bmm(rows, down.transpose(1, 2))
+    if len(down) == 1:
+        return functional.linear(_flat(x, channels_first=False), down[0])
+    return _read(x, down, channels_first=False)
 
 
 def _add_rows(base: Tensor, hidden: Tensor, up: Tensor, _: LayerGeometry, in_place: bool) -> Tensor:
@@ -240,7 +341,7 @@ def _project_planes(x: Tensor, down: Tensor, geometry: LayerGeometry) -> Tensor:
     """``A x`` of a convolution, ``(B, R, N)`` with N the output positions; A as for rows."""
     batch = x.shape[0]
     if geometry.is_pointwise:
-        return torch.bmm(down.expand(batch, -1, -1), x.flatten(2))
+        return _read(x, down.expand(batch, -1, -1), channels_first=True)
     if geometry.is_dense_plane:
         return _send(x, down, geometry)
     if len(down) == 1:

@@ -113,6 +113,6 @@ class Averages:
 
 
 def _average(x: Tensor, channels_first: bool) -> Tensor:
-    if channels_first:
-        return x.flatten(2).mean(2, dtype=torch.float32)
-    return x.reshape(x.shape[0], -1, x.shape[-1]).mean(1, dtype=torch.float32)
+    positions = tuple(range(2, x.dim()) if channels_first else range(1, x.dim() - 1))
+    # a copy where there are no positions: what is kept must not keep its key alive
+    return x.mean(positions, dtype=torch.float32) if positions else x.to(torch.float32, copy=True)
