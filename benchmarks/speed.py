@@ -9,6 +9,7 @@ is not run again stays in the file. Sections:
 layers      one linear layer or convolution at the widths of known models
 denoisers   whole networks of random weights, experts on attention as in the papers
 world       pictures per second of the embedded Stable Diffusion, through its pipeline
+start       until experts can be used: attached, and loaded from a folder
 growth      cost against the number of experts, of contexts, rank, batch and tokens, beside a formula
 
 Every variant runs once per round, in an order that moves on, after a warm-up; a ratio is the median over rounds of its
@@ -37,12 +38,13 @@ from speed_cases import Case, denoiser_cases, layer_cases
 from speed_growth import Sizes, describe, grow
 from speed_passes import Findings, Setting, build, compiler_problem, measure
 from speed_report import print_tables, save_growth, save_ratios
+from speed_start import start
 from speed_timing import Budget
 from speed_variants import PASSES, VARIANTS, Form
 from speed_world import draw
 from timestep_experts.formats.atomic import write_json
 
-SECTIONS = ("layers", "denoisers", "world", "growth")
+SECTIONS = ("layers", "denoisers", "world", "start", "growth")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESULTS = Path(__file__).parent / "results"
 FORM = Form(num_experts=8, rank=4)
@@ -113,7 +115,7 @@ def kinds(section: str, asked: bool | None, problem: str, device: torch.device, 
     """Eager, and compiled where that is wanted and works; what is left out is said."""
     yield False
     everywhere = device.type == "cuda" or section == "layers"
-    if section == "growth" or asked is False:
+    if section in ("start", "growth") or asked is False:
         return
     if asked is None and not everywhere:
         reason = "compiling takes long on a CPU; --compile asks for it"
@@ -129,6 +131,8 @@ def run_section(section: str, setting: Setting, quick: bool, console: Console) -
     """All cases of a section under all passes, eager or compiled."""
     if section == "world":
         return draw(setting, FORM, quick=quick)
+    if section == "start":
+        return start(denoiser_cases(setting.device, quick=quick)[0], setting, FORM)
     if section == "growth":
         return grow(replace(setting, memory=False), quick=quick)
     list_cases: dict[str, Callable[..., list[Case]]] = {"layers": layer_cases, "denoisers": denoiser_cases}

@@ -46,6 +46,9 @@ def print_tables(console: Console, section: str, rows: Sequence[Row], skipped: S
     if section == "growth":
         _print_growth(console, rows)
         return
+    if section == "start":
+        _print_start(console, rows)
+        return
     for compiled in (False, True):
         own = [row for row in rows if row["compiled"] is compiled]
         if own:
@@ -81,6 +84,15 @@ def _print_passes(console: Console, title: str, rows: Sequence[Row]) -> None:
     console.print(table)
 
 
+def _print_start(console: Console, rows: Sequence[Row]) -> None:
+    table = Table("", "variant", title=f"start: {rows[0]['case']}, experts on attention, median of {rows[0]['rounds']}")
+    table.add_column("seconds (quartiles)", justify="right")
+    for row in rows:
+        low, high = row["quartiles"]
+        table.add_row(row["pass"], row["variant"], f"{row['seconds']:.2f} ({low:.2f}-{high:.2f})")
+    console.print(table)
+
+
 def _print_growth(console: Console, rows: Sequence[Row]) -> None:
     table = Table("axis", "value", "variant", title="growth: time relative to the base, and by the formula")
     for kind in (MIXED_T, TRAINING):
@@ -107,7 +119,7 @@ def _ratio(row: Row | None) -> str:
 
 def save_ratios(path: Path, sections: Mapping[str, Sequence[Row]], title: str) -> None:
     """Every case and variant as a dot with its quartiles, one column per pass; hollow dots are compiled."""
-    sections = {name: rows for name, rows in sections.items() if name != "growth" and rows}
+    sections = {name: rows for name, rows in sections.items() if name not in ("start", "growth") and rows}
     if not sections:
         return
     cases = {name: list(dict.fromkeys(row["case"] for row in rows)) for name, rows in sections.items()}

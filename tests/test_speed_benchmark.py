@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("cases", "formula", "growth", "passes", "report", "timing", "variants", "world")
+MODULES = ("cases", "formula", "growth", "passes", "report", "start", "timing", "variants", "world")
 IN_GROWTH = {"base", "PEFT LoRA", "switch", "route"}
 
 
@@ -93,6 +93,16 @@ def test_sections_stay_and_the_figures_are_drawn(
     assert kept[name] == found
     with Image.open(folder / ("speed_growth_cpu.png" if name == "growth" else "speed_cpu.png")) as picture:
         assert picture.width > 1000
+
+
+def test_attaching_and_loading_are_timed_beside_a_lora(speed: SimpleNamespace, folder: Path) -> None:
+    found = run(speed, folder, "--sections", "start")["start"]
+    said = {(row["pass"], row["variant"]) for row in found["rows"]}
+    assert said == {(what, variant) for what in ("attach", "load") for variant in ("route, 1 context", "PEFT LoRA")}
+    for row in found["rows"]:
+        low, high = row["quartiles"]
+        assert 0 < low <= row["seconds"] <= high
+    assert json.loads((folder / "speed_cpu.json").read_text())["sections"]["start"] == found
 
 
 def test_weights_beside_the_base_are_those_of_the_adapters(speed: SimpleNamespace) -> None:

@@ -1,0 +1,82 @@
+"""How long it takes until experts can be used: put on a network that is in memory, and loaded from a folder."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
+from torch import nn
+
+from speed_cases import Case
+from speed_passes import Findings, Setting, build
+from speed_timing import Stopwatch
+from speed_variants import PEFT, ROUTE, Form
+from speed_world import load
+from timestep_experts.formats import Bundle, save_bundle
+from timestep_experts.inference import attach, detach
+from timestep_experts.intervals import Partition
+from timestep_experts.mixture import Mixture, MixtureSpec, Scale
+
+ATTACH, LOAD = "attach", "load"
+
+
+def start(case: Case, setting: Setting, form: Form) -> Findings:
+    """Rows of `attach` and `load` for a mixture of eight experts, a context and its router, and for one LoRA.
+
+    Args:
+        case: a denoiser of Stable Diffusion's kind.
+        setting: device, dtype and rounds.
+        form: of the mixture.
+    """
+    network = build(case, setting)
+    base = load(setting)
+    pipeline = type(base)(**{**base.components, "unet": network}, requires_safety_checker=False)
+    context = Scale("context", Partition.uniform(1), form.rank, form.rank, gated=True)
+    spec = MixtureSpec((Scale("core", Partition.uniform(form.num_experts), form.rank, form.rank), context))
+    config = LoraConfig(r=form.rank, lora_alpha=form.rank, target_modules=list(case.targets))
+    findings = Findings()
+    with tempfile.TemporaryDirectory() as folder:
+        bundle, lora = Path(folder) / "bundle", Path(folder) / "lora"
+        mixture = Mixture.attach(network, spec, list(case.targets))
+        _save_mixture(mixture, network, bundle)
+        mixture.detach()
+        network.add_adapter(config, "saved")
+        state = convert_state_dict_to_diffusers(get_peft_model_state_dict(network, adapter_name="saved"))
+        type(base).save_lora_weights(lora, unet_lora_layers=state)
+        network.delete_adapters("saved")
+        jobs: dict[tuple[str, str], tuple[Callable[[], object], Callable[[], object]]] = {
+            (ATTACH, ROUTE): (lambda: Mixture.attach(network, spec, list(case.targets)), lambda: detach(pipeline)),
+            (ATTACH, PEFT): (lambda: network.add_adapter(config, "one"), lambda: network.delete_adapters("one")),
+            (LOAD, ROUTE): (lambda: attach(pipeline, bundle), lambda: detach(pipeline)),
+            (LOAD, PEFT): (lambda: pipeline.load_lora_weights(lora), pipeline.unload_lora_weights),
+        }
+        seconds = _time_in_turn(jobs, Stopwatch(setting.device), setting.budget.rounds)
+    for (what, variant), found in seconds.items():
+        low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
+        row = {"case": case.name, "pass": what, "variant": variant, "compiled": False, "rounds": len(found)}
+        findings.rows.append({**row, "seconds": middle, "quartiles": [low, high]})
+    return findings
+
+
+def _save_mixture(mixture: Mixture, network: nn.Module, folder: Path) -> None:
+    names = tuple(f"unet.{name}" for name in mixture.layers)
+    tensors = {f"unet.{name}": torch.randn_like(value) * 0.01 for name, value in mixture.state_dict().items()}
+    save_bundle(Bundle(mixture.spec, names, tensors, "route", "random weights", type(network).__name__, {}), folder)
+
+
+def _time_in_turn(jobs: Any, stopwatch: Stopwatch, rounds: int) -> dict[tuple[str, str], list[float]]:
+    """Each once per round, after one round that warms up; what a job did is undone before the next."""
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in jobs}
+    for turn in range(rounds + 1):
+        for key, (run, undo) in jobs.items():
+            found = stopwatch.time(run)
+            undo()
+            if turn:
+                seconds[key].append(found)
+    return seconds
