@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from conftest import attach_to_layer, max_error, normal, scales
 from timestep_experts.mixture import MixtureSpec
-from timestep_experts.mixture.lowrank import JointReading, LayerGeometry, read_input
+from timestep_experts.mixture.fused import JointReading, read_input
+from timestep_experts.mixture.lowrank import LayerGeometry
 from timestep_experts.mixture.router import Averages
 
 SHAPES = {"rows": ((3, 5, 6), False), "more axes": ((3, 2, 4, 6), False), "planes": ((3, 6, 2, 4), True)}

@@ -12,14 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from timestep_experts.intervals import Interval
-from timestep_experts.mixture.lowrank import (
-    ExpertStack,
-    Gate,
-    LayerGeometry,
-    add_experts,
-    gather_experts,
-    read_input,
-)
+from timestep_experts.mixture.fused import Gate, add_experts, gather_experts, read_input
+from timestep_experts.mixture.lowrank import ExpertStack, LayerGeometry
 from timestep_experts.mixture.router import Averages, Router
 from timestep_experts.mixture.spec import MixtureSpec, Scale
 
