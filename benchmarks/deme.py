@@ -33,7 +33,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deme_arms import ROWS, Copy, Row, check, copies, training_of
+from deme_arms import GROUPS, Copy, Row, check, copies, rows_of, training_of
 from picture_features import features_of, load_classifier
 from timestep_experts.build import (
     Workshop,
@@ -81,6 +81,7 @@ class Settings:
         num_pictures: drawn for it per row; 0 draws none.
         objective: what merge weights are chosen to lower.
         search_pictures: per bin of t, while choosing.
+        groups: of copies, those that are trained and compared.
     """
 
     recipe: Recipe
@@ -89,6 +90,7 @@ class Settings:
     num_pictures: int
     objective: SearchObjective
     search_pictures: int
+    groups: tuple[str, ...] = GROUPS
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,13 @@ def main() -> None:
     options = _parse()
     recipe = load_recipe(options.recipe, options.overrides)
     settings = Settings(
-        recipe, options.report, options.features, options.num_pictures, options.objective, options.search_pictures
+        recipe,
+        options.report,
+        options.features,
+        options.num_pictures,
+        options.objective,
+        options.search_pictures,
+        tuple(options.groups),
     )
     per_seed = compare(settings, options.seeds, options.workers)
     write_json(options.output, {str(seed): rows for seed, rows in per_seed.items()})
@@ -122,6 +130,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="of rows, beside the base")
     parser.add_argument("--report", default="work/cifar10/pictures/report", help="pictures that results are of")
     parser.add_argument("--features", type=Path, default=Path("work/cifar10/features.safetensors"))
     parser.add_argument("--num-pictures", type=int, default=500, help="drawn per row for the Frechet distance; 0: none")
@@ -151,10 +160,10 @@ def compare(settings: Settings, seeds: Sequence[int], workers: int) -> dict[int,
     _workshop(document)  # fills the cache on disk, before several processes do at once
     if workers > 1:
         _workshop.cache_clear()  # they hold the pictures themselves
-    trained = [copy for seed in seeds for group in copies(recipe, seed).values() for copy in group]
+    trained = [copy for seed in seeds for group in settings.groups for copy in copies(recipe, seed)[group]]
     longest_first = sorted(trained, key=lambda copy: -(3 * copy.samples + copy.base_samples))
     run_all(train_copy, [(document, copy) for copy in longest_first], workers)
-    base, *others = ROWS
+    base, *others = rows_of(settings.groups)
     places = [(seed, row) for seed in seeds for row in others] + [(seeds[0], base)]
     places.sort(key=lambda place: place[1].how != "searched")  # which take longest
     measured = run_all(measure, [RowJob(settings, seed, row) for seed, row in places], workers)
@@ -376,7 +385,7 @@ def _spread(values: Sequence[float]) -> str:
 def show_pictures(settings: Settings, seed: int) -> Path:
     """The first pictures of every row, one row under the other, columns from the same noise."""
     recipe, shown, captions = settings.recipe, [], []
-    for row in ROWS:
+    for row in rows_of(settings.groups):
         pictures = load_file(row_path(recipe, seed, row).with_suffix(".safetensors"))["pictures"][:NUM_SHOWN].numpy()
         shown.append(pictures)
         captions += [row.label, *[""] * (len(pictures) - 1)]

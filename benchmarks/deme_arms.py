@@ -11,7 +11,7 @@ Everything begins at one base, and every row but the base has the same number of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from timestep_experts.config import DecoupleConfig, Recipe, parse_recipe
 BASE = "base"
 EXPERTS, FINETUNES, PLAIN = "experts", "finetunes", "plain"
 WEIGHTINGS = {PLAIN: "none", "min_snr": "min_snr", "p2": "p2"}
+GROUPS = (*WEIGHTINGS, FINETUNES, EXPERTS)
 
 How = Literal["base", "copies", "uniform", "searched"]
 """``copies``: as trained, each for its range; ``uniform`` and ``searched``: merged into one."""
@@ -91,6 +92,11 @@ ROWS = (
     Row("experts, uniform", EXPERTS, "uniform"),
     Row("experts, searched", EXPERTS, "searched"),
 )
+
+
+def rows_of(groups: Sequence[str]) -> tuple[Row, ...]:
+    """Those of some groups of copies, and the base's."""
+    return tuple(row for row in ROWS if row.group in (BASE, *groups))
 
 
 def check(recipe: Recipe) -> DecoupleConfig:

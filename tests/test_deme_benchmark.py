@@ -174,6 +174,15 @@ def test_going_on_gives_the_same_rows(
     assert len(measured) == 1  # the row that was lost; what was made again has the same bytes
 
 
+def test_a_part_of_the_rows_is_what_it_is_among_all(
+    rows: list[dict[str, object]], scripts: SimpleNamespace, home: Path
+) -> None:
+    part = compare(scripts, home, "part.json", "output_dir=" + str(home / "part"), "--groups", "plain")
+    assert [row["label"] for row in part] == ["base", "plain", "plain, scaled"]
+    assert part == rows[:2] + rows[4:5]
+    assert not (home / "part" / "seed-0" / "experts").exists()
+
+
 def test_choosing_and_reporting_share_no_picture(scripts: SimpleNamespace, home: Path) -> None:
     names = ("train", "choose", "report")
     sets = [open_dataset(str(home / "pictures" / name), max_samples=None, seed=0).examples for name in names]
