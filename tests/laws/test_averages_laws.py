@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -146,10 +147,15 @@ def test_gradients_of_a_second_call_are_its_own():
     assert torch.equal(*found)
 
 
-def test_a_copy_shares_no_averages():
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda network: pickle.loads(pickle.dumps(network))])
+def test_a_copy_shares_no_averages(duplicate):
     unet = tiny_unet()
-    Mixture.attach(unet, MixtureSpec(scales(8, 1)), ["attn2.to_k"]).mode = "route"
-    bindings = [
-        next(m for m in network.modules() if hasattr(m, "binding")).binding for network in (unet, copy.deepcopy(unet))
-    ]
+    mixture = randomise(Mixture.attach(unet, MixtureSpec(scales(8, 1)), ["attn2.to_k"]))
+    mixture.mode = "route"
+    latents, text = unet_inputs(2)
+    with torch.no_grad():
+        expected = unet(latents, 640, text).sample
+        other = duplicate(unet)
+        assert torch.equal(other(latents, 640, text).sample, expected)
+    bindings = [next(m for m in network.modules() if hasattr(m, "binding")).binding for network in (unet, other)]
     assert bindings[0].averages is not bindings[1].averages

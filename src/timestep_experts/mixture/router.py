@@ -89,9 +89,9 @@ class Averages:
     def __init__(self) -> None:
         self._kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def __deepcopy__(self, memo: object) -> Averages:
-        """Nothing is worth copying."""
-        return Averages()
+    def __reduce__(self) -> tuple[type[Averages], tuple[()]]:
+        """Nothing of it is worth copying or storing."""
+        return Averages, ()
 
     def clear(self) -> None:
         """Forget all, so that no gradient flows through what an earlier forward pass computed."""
