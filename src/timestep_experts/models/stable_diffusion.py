@@ -29,6 +29,8 @@ class StableDiffusion(Family):
 
     def __init__(self, parts: Any, source: str = "a pipeline in memory") -> None:
         super().__init__(parts, source)
+        if parts.text_encoder is None:  # a pipeline for features that are there already
+            return
         wanted, given = parts.unet.config.cross_attention_dim, parts.text_encoder.config.hidden_size
         if wanted != given:
             raise ValueError(
