@@ -6,7 +6,6 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -24,6 +23,8 @@ from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale
 
 ATTACH, LOAD = "attach", "load"
+Jobs = dict[tuple[str, str], tuple[Callable[[], object], Callable[[], object]]]
+"""By what and by variant: what is timed, and what undoes it."""
 
 
 def start(case: Case, setting: Setting, form: Form) -> Findings:
@@ -50,7 +51,7 @@ def start(case: Case, setting: Setting, form: Form) -> Findings:
         state = convert_state_dict_to_diffusers(get_peft_model_state_dict(network, adapter_name="saved"))
         type(base).save_lora_weights(lora, unet_lora_layers=state)
         network.delete_adapters("saved")
-        jobs: dict[tuple[str, str], tuple[Callable[[], object], Callable[[], object]]] = {
+        jobs: Jobs = {
             (ATTACH, ROUTE): (lambda: Mixture.attach(network, spec, list(case.targets)), lambda: detach(pipeline)),
             (ATTACH, PEFT): (lambda: network.add_adapter(config, "one"), lambda: network.delete_adapters("one")),
             (LOAD, ROUTE): (lambda: attach(pipeline, bundle), lambda: detach(pipeline)),
@@ -70,7 +71,7 @@ def _save_mixture(mixture: Mixture, network: nn.Module, folder: Path) -> None:
     save_bundle(Bundle(mixture.spec, names, tensors, "route", "random weights", type(network).__name__, {}), folder)
 
 
-def _time_in_turn(jobs: Any, stopwatch: Stopwatch, rounds: int) -> dict[tuple[str, str], list[float]]:
+def _time_in_turn(jobs: Jobs, stopwatch: Stopwatch, rounds: int) -> dict[tuple[str, str], list[float]]:
     """Each once per round, after one round that warms up; what a job did is undone before the next."""
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in jobs}
     for turn in range(rounds + 1):

@@ -19,13 +19,13 @@ from timestep_experts.mixture.router import Averages
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Shapes of all inputs that are averaged from here on."""
     shapes: list[torch.Size] = []
-    average = router._average
+    average = router.average_positions
 
     def count(x, channels_first):
         shapes.append(x.shape)
-        return average(x, channels_first)
+        return average(x, channels_first=channels_first)
 
-    monkeypatch.setattr(router, "_average", count)
+    monkeypatch.setattr(router, "average_positions", count)
     return shapes
 
 
@@ -87,7 +87,7 @@ def test_nothing_is_said_that_would_not_be_said_without_sharing(has_gradients, m
 
     with torch.set_grad_enabled(has_gradients):
         shared = answers()
-        monkeypatch.setattr(Averages, "of", lambda _, x, channels_first: router._average(x, channels_first))
+        monkeypatch.setattr(Averages, "of", lambda _, x, **how: router.average_positions(x, **how))
         alone = answers()
     assert len(shared) == len(alone)
     # fp32: gradients of one shared average are summed before they reach the input, not after

@@ -374,6 +374,12 @@ def test_what_others_hold_of_the_base_is_not_overwritten(layer, t):
         assert torch.equal(held[0], layer(x))
         handle.remove()
 
+        own_forward = net.layer.base_layer.forward
+        net.layer.base_layer.forward = lambda x: held.append(own_forward(x)) or held[-1]
+        assert torch.equal(net(x, t), alone)
+        assert torch.equal(held[-1], layer(x))
+        del net.layer.base_layer.forward
+
         class Keeping(type(layer)):
             def forward(self, x):
                 self.kept = super().forward(x)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from timestep_experts.mixture.lowrank import ExpertStack, LayerGeometry
-from timestep_experts.mixture.router import Averages
+from timestep_experts.mixture.router import Averages, average_positions
 
 Gate = float | Tensor
 """Of one scale: a number, ``(B,)`` per sample, or ``(B, N)`` per position; B = 1 serves all samples. Any dtype."""
@@ -183,8 +183,8 @@ class JointReading(torch.autograd.Function):
         """The change along changes of x and A, for forward-mode differentiation."""
         x, down = ctx.saved_tensors
         hidden_t = _read(x_t, down, ctx.channels_first) + _read(x, down_t, ctx.channels_first)
-        average_t = _flat(x_t, ctx.channels_first).float().mean(2 if ctx.channels_first else 1)
-        return hidden_t, average_t if ctx.has_average else None
+        average_t = average_positions(x_t, channels_first=ctx.channels_first) if ctx.has_average else None
+        return hidden_t, average_t
 
 
 def _read(x: Tensor, down: Tensor, channels_first: bool) -> Tensor:

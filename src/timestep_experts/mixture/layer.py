@@ -194,7 +194,8 @@ class MixtureLayer(nn.Module):
     def _may_overwrite_base(self) -> bool:
         """Whether the base layer's output is a new tensor that nobody else has seen, autograd included."""
         base = self.base_layer
-        return not torch.is_grad_enabled() and type(base) in PLAIN_LAYERS and not base._forward_hooks
+        is_plain = type(base) in PLAIN_LAYERS and "forward" not in vars(base)  # offloading and caches replace it
+        return is_plain and not torch.is_grad_enabled() and not base._forward_hooks
 
     def _gates(self, scales: Sequence[Scale], z: Tensor, routing: Routing) -> list[Gate]:
         """Gates of these scales: numbers, but for what the router says of z, ``(B,)`` or ``(B, N)`` fp32.

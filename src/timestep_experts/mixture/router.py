@@ -98,21 +98,27 @@ class Averages:
         self._kept.clear()
 
     def of(self, x: Tensor, *, channels_first: bool) -> Tensor:
-        """The average over all axes but the first and the channels'."""
+        """See `average_positions`."""
         # the compiler shares equal sums itself, and a captured graph must contain its own
         is_recorded = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
         if is_recorded or x.is_inference():  # which does not count what is done in place
-            return _average(x, channels_first)
+            return average_positions(x, channels_first=channels_first)
         now = (x._version, channels_first, x.requires_grad and torch.is_grad_enabled())
         kept = self._kept.get(x)  # type: ignore[no-untyped-call]
         if kept is None or kept[0] != now:
-            kept = now, _average(x, channels_first)
+            kept = now, average_positions(x, channels_first=channels_first)
             self._kept[x] = kept
         average: Tensor = kept[1]
         return average
 
 
-def _average(x: Tensor, channels_first: bool) -> Tensor:
+def average_positions(x: Tensor, *, channels_first: bool) -> Tensor:
+    """The average of a layer's input over all axes but the first and the channels', ``(B, k)`` fp32; always a new one.
+
+    Args:
+        x: ``(B, ..., k)``, or ``(B, k, *space)`` with channels first.
+        channels_first: as convolutions have them.
+    """
     positions = tuple(range(2, x.dim()) if channels_first else range(1, x.dim() - 1))
     # a copy where there are no positions: what is kept must not keep its key alive
     return x.mean(positions, dtype=torch.float32) if positions else x.to(torch.float32, copy=True)
