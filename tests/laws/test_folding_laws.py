@@ -118,7 +118,7 @@ def test_a_folded_weight_is_rounded_once(dtype, is_autocast):
     exact = layer.weight.detach().double()
     for scale in SPEC.scales:
         stack, owner = layer.experts[scale.name], scale.partition.index_of(640)
-        exact = exact + scale.constant_gate * stack.scaling * (stack.B[owner].double() @ stack.A[owner].double())
+        exact = exact + scale.constant_gate * scale.scaling * (stack.B[owner].double() @ stack.A[owner].double())
     mixture.fold()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
         net(normal(2, 3, 64).to(dtype), torch.tensor(640))

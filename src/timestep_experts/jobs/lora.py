@@ -238,7 +238,7 @@ def write_lora(
     save_lora(folder, updates, layers, LORA_DTYPES[settings.dtype], metadata)
     write_json(folder / RECORD, record)
     if settings.with_bundle:
-        total = int(like.spec.strata.num_train_timesteps)
+        total = like.spec.num_train_timesteps
         save_bundle(one_expert_bundle(updates, total, like.base_model, like.denoiser_class, record), folder / "bundle")
 
 
@@ -305,7 +305,7 @@ class _Bench:
 
     def alone(self, updates: Mapping[str, LowRank]) -> Bundle:
         """Updates as the one expert of a bundle."""
-        total = int(self.bundle.spec.strata.num_train_timesteps)
+        total = self.bundle.spec.num_train_timesteps
         return one_expert_bundle(updates, total, self.bundle.base_model, self.bundle.denoiser_class, {})
 
     def write(self, path: Path, found: Search, bundle: str) -> None:

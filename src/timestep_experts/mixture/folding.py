@@ -112,7 +112,7 @@ def folded_weight(layer: MixtureLayer, owners: Mapping[str, int]) -> Tensor:
                 stack = cast("ExpertStack", layer.experts[scale.name])
                 owner = torch.tensor([owners[scale.name]], device=stack.A.device)
                 down, up = (weight[0].to(total.dtype) for weight in stack.of(owner))
-                total = torch.addmm(total, up, down, alpha=scale.constant_gate * stack.scaling)
+                total = torch.addmm(total, up, down, alpha=scale.constant_gate * scale.scaling)
         return total.view(kept.shape)
 
 

@@ -16,8 +16,13 @@ from torch.nn import functional
 from timestep_experts.mixture.lowrank import ExpertStack, LayerGeometry
 from timestep_experts.mixture.router import Averages, average_positions
 
-Gate = float | Tensor
-"""Of one scale: a number, ``(B,)`` per sample, or ``(B, N)`` per position; B = 1 serves all samples. Any dtype."""
+Strength = float | Tensor
+"""Of one scale, gate times alpha / r: a number, ``(B, 1)`` per sample, or ``(B, N)`` per position; B = 1 serves all."""
+
+MAX_FUSED_RANK = 8
+"""While compiling, products of at most this rank are written term by term, which the compiler fuses into one pass over
+the layer's input and one over its output. A library's product would be written and read once more; of higher rank, it
+is faster nevertheless."""
 
 
 def gather_experts(stacks: Sequence[ExpertStack], owners: Sequence[Tensor], groups: int) -> tuple[Tensor, list[Tensor]]:
@@ -67,8 +72,7 @@ def add_experts(
     base: Tensor,
     hidden: Tensor,
     ups: Sequence[Tensor],
-    gates: Sequence[Gate],
-    scalings: Sequence[float],
+    strengths: Sequence[Strength],
     geometry: LayerGeometry,
     *,
     in_place: bool = False,
@@ -82,8 +86,7 @@ def add_experts(
         base: ``(B, ..., out)``, or ``(B, out, *space)`` for a convolution.
         hidden: ``A x``, see `read_input`.
         ups: B of the m active scales, see `gather_experts`.
-        gates: m of them.
-        scalings: alpha / r of each scale.
+        strengths: gate_j * (alpha_j / r_j), m of them, of any dtype.
         geometry: of the base layer.
         in_place: ``base`` may be overwritten; only for a tensor that nobody else holds, and without gradients, which
             would be copied for it.
@@ -91,39 +94,28 @@ def add_experts(
     Returns:
         A tensor shaped like ``base``.
     """
-    strength = _strength_per_position(gates, ups)
-    if strength is not None:
-        strength = strength if geometry.groups == 1 else strength.repeat(1, 1, geometry.groups)
-        hidden = hidden * (strength.transpose(1, 2) if geometry.kernel_size else strength).to(hidden.dtype)
-    scaled = _same_length([_scaled(*each) for each in zip(ups, gates, scalings, strict=True)])
-    up = torch.cat(scaled, 2) if len(scaled) > 1 else scaled[0]
-    up = up.to(hidden.dtype)  # under autocast the first product has chosen it
-    return (_add_planes if geometry.kernel_size else _add_rows)(base, hidden, up, geometry, in_place)
+    if all(isinstance(strength, float) for strength in strengths):
+        ups = [up if strength == 1 else up * strength for up, strength in zip(ups, strengths, strict=True)]
+    else:  # on the features, so that samples of one t share B whatever their gates are
+        spread = _over_ranks(strengths, ups).to(hidden.dtype)
+        spread = spread if geometry.groups == 1 else spread.repeat(1, 1, geometry.groups)
+        hidden = hidden * (spread.transpose(1, 2) if geometry.kernel_size else spread)
+    ups = _same_length([up.to(hidden.dtype) for up in ups])  # under autocast the first product has chosen it
+    return (_add_planes if geometry.kernel_size else _add_rows)(base, hidden, ups, geometry, in_place)
 
 
-def _scaled(up: Tensor, gate: Gate, scaling: float) -> Tensor:
-    """B times alpha / r and the gate; gates per position act on features, not here."""
-    if not isinstance(gate, Tensor):
-        return up if gate * scaling == 1 else up * (gate * scaling)
-    if gate.dim() > 1:
-        return up if scaling == 1 else up * scaling
-    return up * (gate * scaling)[:, None, None].to(up.dtype)
+def _over_ranks(strengths: Sequence[Strength], ups: Sequence[Tensor]) -> Tensor:
+    """Strengths repeated over the ranks of one group, ``(B, 1, R)`` or ``(B, N, R)``."""
+    shape = next(strength.shape for strength in strengths if isinstance(strength, Tensor))
+    parts = [
+        s[..., None] if isinstance(s, Tensor) else up.new_full((1,), s) for s, up in zip(strengths, ups, strict=True)
+    ]
+    return torch.cat([part.expand(*shape, up.shape[-1]) for part, up in zip(parts, ups, strict=True)], -1)
 
 
 def _same_length(tensors: Sequence[Tensor]) -> list[Tensor]:
     longest = max(len(tensor) for tensor in tensors)
     return [tensor.expand(longest, *tensor.shape[1:]) for tensor in tensors]
-
-
-def _strength_per_position(gates: Sequence[Gate], ups: Sequence[Tensor]) -> Tensor | None:
-    """Gates per position spread over the ranks of one group, ``(B, N, R)``, 1 for the others; ``None`` without any."""
-    shape = next((gate.shape for gate in gates if isinstance(gate, Tensor) and gate.dim() > 1), None)
-    if shape is None:
-        return None
-    parts = [
-        gate[..., None] if isinstance(gate, Tensor) else up.new_ones(1) for gate, up in zip(gates, ups, strict=True)
-    ]
-    return torch.cat([part.expand(*shape, up.shape[-1]) for part, up in zip(parts, ups, strict=True)], -1)
 
 
 def _read_jointly(
@@ -188,8 +180,12 @@ class JointReading(torch.autograd.Function):
 
 
 def _read(x: Tensor, down: Tensor, channels_first: bool) -> Tensor:
-    z = _flat(x, channels_first)
-    return torch.bmm(down, z) if channels_first else torch.bmm(z, down.transpose(1, 2))
+    z, rank = _flat(x, channels_first), down.shape[1]
+    if channels_first:
+        return torch.bmm(down, z)
+    if _is_fused(rank):
+        return torch.stack([(z * down[:, i, None]).sum(2) for i in range(rank)], 2)
+    return torch.bmm(z, down.transpose(1, 2))
 
 
 def _flat(x: Tensor, channels_first: bool) -> Tensor:
@@ -197,22 +193,24 @@ def _flat(x: Tensor, channels_first: bool) -> Tensor:
     return x.flatten(2) if channels_first else x.reshape(x.shape[0], -1, x.shape[-1])
 
 
+def _is_fused(rank: int) -> bool:
+    return torch.compiler.is_compiling() and rank <= MAX_FUSED_RANK
+
+
 def _project_rows(x: Tensor, down: Tensor) -> Tensor:
     """``A x`` of a linear layer, ``(B, N, R)``; A is every sample's own, or one ``(1, R, k)`` for all."""
-    if len(down) == 1:
+    if len(down) == 1 and not _is_fused(down.shape[1]):
         return functional.linear(_flat(x, channels_first=False), down[0])
     return _read(x, down, channels_first=False)
 
 
-def _add_rows(base: Tensor, hidden: Tensor, up: Tensor, _: LayerGeometry, in_place: bool) -> Tensor:
+def _add_rows(base: Tensor, hidden: Tensor, ups: Sequence[Tensor], _: LayerGeometry, in_place: bool) -> Tensor:
     """``base + B hidden`` of a linear layer, with hidden ``(B, N, R)``."""
     # as rows of (B, R, out): products of so few columns are several times slower forward and, above all, backward
-    rows = up.transpose(1, 2).contiguous()
-    if len(rows) == 1:
-        add = torch.Tensor.addmm_ if in_place else torch.addmm
-        return add(base.reshape(-1, base.shape[-1]), hidden.flatten(0, 1), rows[0]).view(base.shape)
-    batched_add = torch.Tensor.baddbmm_ if in_place else torch.baddbmm
-    return batched_add(base.reshape(len(rows), -1, base.shape[-1]), hidden, rows).view(base.shape)
+    rows = torch.cat([up.transpose(1, 2) for up in ups], 1)
+    if len(rows) == 1:  # which serve all samples
+        hidden = hidden.flatten(0, 1)[None]
+    return _add_product(base.reshape(len(rows), -1, base.shape[-1]), hidden, rows, in_place).view(base.shape)
 
 
 def _project_planes(x: Tensor, down: Tensor, geometry: LayerGeometry) -> Tensor:
@@ -229,20 +227,33 @@ def _project_planes(x: Tensor, down: Tensor, geometry: LayerGeometry) -> Tensor:
     return hidden.reshape(batch, down.shape[1], -1)
 
 
-def _add_planes(base: Tensor, hidden: Tensor, up: Tensor, geometry: LayerGeometry, in_place: bool) -> Tensor:
+def _add_planes(base: Tensor, hidden: Tensor, ups: Sequence[Tensor], geometry: LayerGeometry, in_place: bool) -> Tensor:
     """``base + B hidden`` of a convolution, with hidden ``(B, R, N)``."""
-    up = up.expand(base.shape[0], -1, -1)
-    add = torch.Tensor.baddbmm_ if in_place else torch.baddbmm
+    up = (torch.cat(list(ups), 2) if len(ups) > 1 else ups[0]).expand(base.shape[0], -1, -1)
     if geometry.groups == 1 and not base.is_contiguous():  # channels that are last stay last
         rows = base.flatten(2).transpose(1, 2)
-        return add(rows, hidden.transpose(1, 2), up.transpose(1, 2)).transpose(1, 2).view(base.shape)
+        y = _add_product(rows, hidden.transpose(1, 2), up.transpose(1, 2), in_place)
+        return y.transpose(1, 2).view(base.shape)
     (batch, out), groups = base.shape[:2], geometry.groups
-    y = add(
+    y = _add_product(
         base.reshape(batch * groups, out // groups, -1),
         up.reshape(batch * groups, out // groups, -1),
         hidden.reshape(batch * groups, -1, hidden.shape[-1]),
+        in_place,
     ).view(base.shape)
     return y if base.is_contiguous() else torch.empty_like(base).copy_(y)
+
+
+def _add_product(base: Tensor, left: Tensor, right: Tensor, in_place: bool) -> Tensor:
+    """``base + left @ right``, with left ``(B, p, R)`` and right ``(B, R, q)``."""
+    rank, width = right.shape[1:]
+    if _is_fused(rank):
+        # as_strided has the compiler write these down in that order; it would gather them anew for every position
+        right = right.contiguous().as_strided(right.shape, (rank * width, width, 1))
+        for i in range(rank):
+            base = base + left[:, :, i : i + 1] * right[:, i : i + 1]
+        return base
+    return (torch.Tensor.baddbmm_ if in_place else torch.baddbmm)(base, left, right)
 
 
 def _send(x: Tensor, down: Tensor, geometry: LayerGeometry) -> Tensor:

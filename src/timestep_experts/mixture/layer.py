@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from timestep_experts.intervals import Interval
-from timestep_experts.mixture.fused import Gate, add_experts, gather_experts, read_input
+from timestep_experts.mixture.fused import Strength, add_experts, gather_experts, read_input
 from timestep_experts.mixture.lowrank import ExpertStack, LayerGeometry
-from timestep_experts.mixture.router import Averages, Router
+from timestep_experts.mixture.router import Averages, Router, TablePlace
 from timestep_experts.mixture.spec import MixtureSpec, Scale
 
 Mode = Literal["off", "foster", "switch", "route"]
@@ -28,12 +28,14 @@ class Routing:
     Args:
         t: ``(B,)`` fp32.
         owners: ``(B,)`` int64 by scale.
-        is_shared: one timestep was given for all samples, as pipelines do; then t and owners repeat one value.
+        place: of t in the routers' tables.
+        is_shared: one timestep was given for all samples, as pipelines do; then all of these repeat one value.
         is_folded: the owners' experts stand in the weights of the denoiser's folded layers.
     """
 
     t: Tensor
     owners: dict[str, Tensor]
+    place: TablePlace
     is_shared: bool
     is_folded: bool = False
 
@@ -72,12 +74,15 @@ class Binding:
 
         A single one ``(1,)`` is shared by all samples, and repeated for ``num_samples`` where their number is known.
         """
-        owners = {scale.name: scale.partition.index_of(t) for scale in self.spec.scales}
+        spec = self.spec
+        owners = {scale.name: scale.partition.index_of(t) for scale in spec.scales}
+        place = TablePlace.of(t, spec.num_train_timesteps, spec.router_knots)
         is_shared = t.shape[0] == 1
         if is_shared and num_samples is not None:
             t, owners = t.expand(num_samples), {name: owner.expand(num_samples) for name, owner in owners.items()}
-        self.routing = Routing(t, owners, is_shared)
-        if torch.is_grad_enabled():
+            place = place.map(lambda value: value.expand(num_samples))
+        self.routing = Routing(t, owners, place, is_shared)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # which keeps none
             self.averages.clear()
 
     @contextmanager
@@ -128,7 +133,7 @@ class MixtureLayer(nn.Module):
             self.router = Router(
                 self.geometry.in_features,
                 len(spec.gated_scales),
-                int(spec.strata.num_train_timesteps),
+                spec.num_train_timesteps,
                 spec.router_input,
                 spec.gate,
                 spec.router_knots,
@@ -137,7 +142,7 @@ class MixtureLayer(nn.Module):
     def _stack(self, scale: Scale, owned: Interval | None) -> ExpertStack:
         """The experts of a scale, or those of them whose interval meets the one that this layer is used for."""
         met = [i for i, interval in enumerate(scale.partition.intervals) if owned is None or interval.meets(owned)]
-        return ExpertStack(self.geometry, len(met), scale.rank, scale.alpha, self.name, met[0] if owned else None)
+        return ExpertStack(self.geometry, len(met), scale.rank, self.name, met[0] if owned else None)
 
     def __getattr__(self, name: str) -> Any:
         """Fall back to the base layer."""
@@ -182,9 +187,8 @@ class MixtureLayer(nn.Module):
             average = None if averages is None else averages.of(x, channels_first=bool(self.geometry.kernel_size))
         else:
             hidden, average = read_input(x, down, self.geometry, averages)
-        gates = self._gates(scales, self._positions(x) if average is None else average, routing)
-        scalings = [stack.scaling for stack in stacks]
-        return add_experts(y, hidden, ups, gates, scalings, self.geometry, in_place=self._may_overwrite_base())
+        strengths = self._strengths(scales, self._positions(x) if average is None else average, routing)
+        return add_experts(y, hidden, ups, strengths, self.geometry, in_place=self._may_overwrite_base())
 
     def _asks_for_average(self) -> bool:
         router = self.router
@@ -197,10 +201,10 @@ class MixtureLayer(nn.Module):
         is_plain = type(base) in PLAIN_LAYERS and "forward" not in vars(base)  # offloading and caches replace it
         return is_plain and not torch.is_grad_enabled() and not base._forward_hooks
 
-    def _gates(self, scales: Sequence[Scale], z: Tensor, routing: Routing) -> list[Gate]:
-        """Gates of these scales: numbers, but for what the router says of z, ``(B,)`` or ``(B, N)`` fp32.
+    def _strengths(self, scales: Sequence[Scale], z: Tensor, routing: Routing) -> list[Strength]:
+        """Gate times alpha / r of these scales: numbers, but for what the router says of z, ``(B, 1)`` or ``(B, N)``.
 
-        Those that depend on a shared timestep alone come once, ``(1,)``.
+        Those that depend on a shared timestep alone come once, ``(1, 1)``.
 
         Args:
             scales: that speak.
@@ -209,16 +213,24 @@ class MixtureLayer(nn.Module):
         """
         binding = self.binding
         if binding.mode == "foster":
-            return [1.0] * len(scales)
-        resting: list[Gate] = [scale.constant_gate for scale in scales]
+            return [scale.scaling for scale in scales]
+        resting = [scale.constant_gate * scale.scaling for scale in scales]
         if binding.mode == "switch" or self.router is None:
-            return resting
-        routed: Tensor = self.router(z, routing.spread(routing.t, len(z)))
+            return [*resting]
+        gates: Tensor = self.router(z, routing.place.map(lambda value: routing.spread(value, len(z))))
         if binding.gate_log is not None:
-            binding.gate_log.setdefault(self.name, []).append(routed.detach().expand(len(z), *routed.shape[1:]))
-        said = iter(routed.unbind(-1))
-        return [rest + next(said) if scale.gated else rest for scale, rest in zip(scales, resting, strict=True)]
+            binding.gate_log.setdefault(self.name, []).append(gates.detach().expand(len(z), *gates.shape[1:]))
+        said = iter(gates.unbind(-1) if gates.dim() > 2 else torch.split(gates, 1, -1))
+        return [
+            _plus(rest, next(said), s.scaling) if s.gated else rest for s, rest in zip(scales, resting, strict=True)
+        ]
 
     def _positions(self, x: Tensor) -> Tensor:
         """The layer's input as ``(B, N, k)``."""
         return x.flatten(2).transpose(1, 2) if self.geometry.kernel_size else x.reshape(len(x), -1, x.shape[-1])
+
+
+def _plus(rest: float, gate: Tensor, scaling: float) -> Tensor:
+    """``rest + gate * scaling``, without the steps that change nothing."""
+    scaled = gate if scaling == 1 else gate * scaling
+    return scaled if rest == 0 else scaled + rest

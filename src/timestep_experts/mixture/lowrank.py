@@ -93,14 +93,13 @@ class ExpertStack(nn.Module):
         geometry: of the base layer.
         num_experts: n.
         rank: r; a multiple of the layer's groups.
-        alpha: the update is scaled by alpha / r.
         where: the layer's name, for errors.
         first: the index in its scale of the first expert held here, for a network that is used for a part of the
             timesteps alone; ``None`` where all experts are held.
     """
 
     def __init__(
-        self, geometry: LayerGeometry, num_experts: int, rank: int, alpha: float, where: str, first: int | None = None
+        self, geometry: LayerGeometry, num_experts: int, rank: int, where: str, first: int | None = None
     ) -> None:
         super().__init__()
         if rank < 1 or rank % geometry.groups:
@@ -108,7 +107,6 @@ class ExpertStack(nn.Module):
                 f"{where}: rank must be a positive multiple of the layer's {geometry.groups} group(s); got {rank}"
             )
         self.rank = rank
-        self.scaling = alpha / rank
         self.first, self.is_part = first or 0, first is not None
         self.A = nn.Parameter(torch.empty(num_experts, rank, geometry.in_features * math.prod(geometry.kernel_size)))
         self.B = nn.Parameter(torch.zeros(num_experts, geometry.out_features, rank // geometry.groups))
@@ -130,4 +128,4 @@ class ExpertStack(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
-        return f"experts={self.A.shape[0]}, rank={self.rank}, scaling={self.scaling:g}"
+        return f"experts={self.A.shape[0]}, rank={self.rank}"

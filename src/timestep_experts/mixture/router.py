@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -11,6 +13,40 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 RouterInput = Literal["z_and_t", "z", "t"]
 GateGranularity = Literal["sample", "token"]
+
+
+@dataclass(frozen=True)
+class TablePlace:
+    """Where timesteps are in the tables E of all routers.
+
+    Args:
+        below: ``(B,)`` int64, the row of each timestep, or the knot below it.
+        beyond: ``(B,)`` fp32 in [0, 1], how far towards the next knot; ``None`` for tables with a row per timestep.
+    """
+
+    below: Tensor
+    beyond: Tensor | None = None
+
+    @classmethod
+    def of(cls, t: Tensor, num_train_timesteps: int, num_knots: int | None = None) -> TablePlace:
+        """Of timesteps ``(B,)``; those outside [0, T) are at the nearest row."""
+        if num_knots is None:
+            return cls(t.floor().long().clamp(0, num_train_timesteps - 1))
+        last = num_knots - 1
+        place = (t.float() / num_train_timesteps * last).clamp(0, last)
+        below = place.floor().long().clamp(max=last - 1)
+        return cls(below, place - below)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> TablePlace:
+        """Both tensors changed in the same way."""
+        return TablePlace(change(self.below), None if self.beyond is None else change(self.beyond))
+
+    def read(self, table: Tensor) -> Tensor:
+        """The rows ``(B, m)`` of a table, interpolated between knots."""
+        rows = table.index_select(0, self.below)
+        if self.beyond is None:
+            return rows
+        return torch.lerp(rows, table.index_select(0, self.below + 1), self.beyond[:, None])
 
 
 class Router(nn.Module):
@@ -41,20 +77,18 @@ class Router(nn.Module):
         super().__init__()
         if num_knots is not None and num_knots < 2:
             raise ValueError(f"a smooth router table needs at least 2 knots; got {num_knots}")
-        self.num_train_timesteps = num_train_timesteps
         self.granularity = granularity
-        self.is_smooth = num_knots is not None
         rows = num_train_timesteps if num_knots is None else num_knots
         self.F = nn.Parameter(torch.zeros(num_gated, in_features)) if inputs != "t" else None
         self.bias = nn.Parameter(torch.zeros(num_gated)) if inputs != "t" else None
         self.E = nn.Parameter(torch.zeros(rows, num_gated)) if inputs != "z" else None
 
-    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+    def forward(self, z: Tensor, place: TablePlace) -> Tensor:
         """Gates around their resting values.
 
         Args:
             z: the layer's input, ``(B, k)`` averaged over positions, or ``(B, N, k)`` for a gate per position.
-            t: ``(B,)`` timesteps, or ``(1,)`` for all samples.
+            place: of the samples' timesteps, or of one for all.
 
         Returns:
             ``(B, m)``, or ``(B, N, m)`` with a gate per position; fp32.
@@ -66,17 +100,9 @@ class Router(nn.Module):
             if self.E is None:
                 assert mapped is not None
                 return mapped
-            timed = self._look_up(self.E.float(), t)
+            timed = place.read(self.E.float())
             timed = timed[:, None] if self.granularity == "token" else timed
             return timed if mapped is None else mapped + timed
-
-    def _look_up(self, table: Tensor, t: Tensor) -> Tensor:
-        if not self.is_smooth:
-            return table.index_select(0, t.floor().long().clamp(0, self.num_train_timesteps - 1))
-        last = len(table) - 1
-        place = (t.float() / self.num_train_timesteps * last).clamp(0, last)
-        below = place.floor().long().clamp(max=last - 1)
-        return torch.lerp(table.index_select(0, below), table.index_select(0, below + 1), (place - below)[:, None])
 
 
 class Averages:

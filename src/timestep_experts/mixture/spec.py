@@ -38,6 +38,11 @@ class Scale:
             raise ValueError(f"scale {self.name!r}: rank must be at least 1; got {self.rank}")
 
     @property
+    def scaling(self) -> float:
+        """Alpha / r, by which every update is multiplied."""
+        return self.alpha / self.rank
+
+    @property
     def constant_gate(self) -> float:
         """The gate where no router speaks."""
         return self.resting_gate if self.gated else 1.0
@@ -76,6 +81,11 @@ class MixtureSpec:
     def strata(self) -> Partition:
         """The coarsest partition in which no interval crosses a boundary of any scale."""
         return reduce(Partition.refine, (scale.partition for scale in self.scales))
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """T."""
+        return int(self.scales[0].partition.num_train_timesteps)
 
     @property
     def gated_scales(self) -> tuple[Scale, ...]:

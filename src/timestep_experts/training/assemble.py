@@ -39,7 +39,7 @@ def assemble(mixture: Mixture, settings: AssembleSettings) -> Stage:
         ValueError: no scale is gated, so there is nothing to learn.
     """
     learners = router_learners(mixture, settings)
-    whole = Partition.uniform(1, mixture.spec.strata.num_train_timesteps)
+    whole = Partition.uniform(1, mixture.spec.num_train_timesteps)
 
     def speak() -> None:
         mixture.mode = "route"
