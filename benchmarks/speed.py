@@ -9,7 +9,7 @@ is not run again stays in the file. Sections:
 layers      one linear layer or convolution at the widths of known models
 denoisers   whole networks of random weights, experts on attention as in the papers
 world       pictures per second of the embedded Stable Diffusion, through its pipeline
-start       until experts can be used: attached, and loaded from a folder
+start       until experts can be used: attached, loaded from a folder, folded in
 growth      cost against the number of experts, of contexts, rank, batch and tokens, beside a formula
 
 Every variant runs once per round, in an order that moves on, after a warm-up; a ratio is the median over rounds of its
@@ -39,6 +39,7 @@ from speed_growth import Sizes, describe, grow
 from speed_passes import Findings, Setting, build, compiler_problem, measure
 from speed_report import print_tables, save_growth, save_ratios
 from speed_start import start
+from speed_targets import print_targets
 from speed_timing import Budget
 from speed_variants import PASSES, VARIANTS, Form
 from speed_world import draw
@@ -78,7 +79,9 @@ def main() -> None:
         document["sections"][section] = {"environment": about, "rows": findings.rows, "skipped": findings.skipped}
         write_json(output, document)
         print_tables(console, section, findings.rows, findings.skipped)
-    draw_figures(document, output, device)
+    sections = {name: document["sections"][name]["rows"] for name in SECTIONS if name in document["sections"]}
+    print_targets(console, sections)
+    draw_figures(document, sections, output, device)
 
 
 def parse() -> argparse.Namespace:
@@ -172,9 +175,8 @@ def processor() -> str:
     return next(names, platform.machine())
 
 
-def draw_figures(document: dict[str, Any], output: Path, device: torch.device) -> None:
+def draw_figures(document: dict[str, Any], sections: dict[str, Any], output: Path, device: torch.device) -> None:
     """Of all sections in the file, those of earlier runs too."""
-    sections = {name: document["sections"][name]["rows"] for name in SECTIONS if name in document["sections"]}
     about = next(iter(document["sections"].values()))["environment"]
     machine = f"{about['device']}, {about['dtype']}, {about['threads']} thread(s)"
     save_ratios(output.with_suffix(".png"), sections, f"{machine}; rank {FORM.rank}, {FORM.num_experts} experts")

@@ -172,7 +172,7 @@ def _prepare(case: Case, base: nn.Module, kind: Pass, make: Maker, form: Form, s
     mixed = [(i + 0.5) * NUM_TIMESTEPS / batch for i in range(batch)]
     variant = make(base, case.targets, form, kind, mixed)
     torch.manual_seed(1)
-    conditions = {key: _moved(value, setting) for key, value in case.conditions(batch).items()}
+    conditions = {key: moved_to(setting, value) for key, value in case.conditions(batch).items()}
     sample = torch.randn(batch, *case.shape).to(setting.device, setting.dtype)
     shared = {t: torch.tensor([t], device=setting.device) for t in middles(form.num_experts)}
     if case.expands_t:
@@ -189,7 +189,8 @@ def _prepare(case: Case, base: nn.Module, kind: Pass, make: Maker, form: Form, s
     )
 
 
-def _moved(value: Any, setting: Setting) -> Any:
+def moved_to(setting: Setting, value: Any) -> Any:
+    """A tensor in the setting's device and dtype; anything else as it is."""
     return value.to(setting.device, setting.dtype) if isinstance(value, Tensor) else value
 
 

@@ -1,11 +1,14 @@
-"""How long it takes until experts can be used: put on a network that is in memory, and loaded from a folder."""
+"""How long it takes until experts can be used: put on a network in memory, loaded from a folder, folded in."""
 
 from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -13,22 +16,28 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import nn
 
 from speed_cases import Case
-from speed_passes import Findings, Setting, build
+from speed_passes import Findings, Setting, build, moved_to
 from speed_timing import Stopwatch
-from speed_variants import PEFT, ROUTE, Form
+from speed_variants import BASE, FOLDED, FUSED, PEFT, ROUTE, Form
 from speed_world import load
 from timestep_experts.formats import Bundle, save_bundle
 from timestep_experts.inference import attach, detach
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale
+from timestep_experts.mixture.folding import Folding
 
-ATTACH, LOAD = "attach", "load"
+ATTACH, LOAD, EXCHANGE, STEP = "attach", "load", "fold in another expert", "one step"
 Jobs = dict[tuple[str, str], tuple[Callable[[], object], Callable[[], object]]]
 """By what and by variant: what is timed, and what undoes it."""
 
+STEPS = 5
+
 
 def start(case: Case, setting: Setting, form: Form) -> Findings:
-    """Rows of `attach` and `load` for a mixture of eight experts, a context and its router, and for one LoRA.
+    """Rows for a mixture of eight experts, a context and its router, and for one LoRA.
+
+    What is in the weights is exchanged between two experts, or between two LoRAs by diffusers; a step is one call of
+    the bare network.
 
     Args:
         case: a denoiser of Stable Diffusion's kind.
@@ -57,12 +66,60 @@ def start(case: Case, setting: Setting, form: Form) -> Findings:
             (LOAD, ROUTE): (lambda: attach(pipeline, bundle), lambda: detach(pipeline)),
             (LOAD, PEFT): (lambda: pipeline.load_lora_weights(lora), pipeline.unload_lora_weights),
         }
-        seconds = _time_in_turn(jobs, Stopwatch(setting.device), setting.budget.rounds)
+        stopwatch, rounds = Stopwatch(setting.device), setting.budget.rounds
+        seconds = _time_in_turn(jobs, stopwatch, rounds)
+        few = min(rounds, STEPS)
+        seconds |= _time_in_turn(_step(network, case, setting), stopwatch, few)
+        with _folded(network, spec, case) as job:
+            seconds |= _time_in_turn(job, stopwatch, few)
+        with _fused(pipeline, lora) as job:
+            seconds |= _time_in_turn(job, stopwatch, few)
     for (what, variant), found in seconds.items():
         low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
         row = {"case": case.name, "pass": what, "variant": variant, "compiled": False, "rounds": len(found)}
         findings.rows.append({**row, "seconds": middle, "quartiles": [low, high]})
     return findings
+
+
+def _step(network: nn.Module, case: Case, setting: Setting) -> Jobs:
+    sample = torch.randn(case.batches[0], *case.shape)
+    given = {"sample": sample, **case.conditions(case.batches[0]), "timestep": 500}
+    moved = {key: moved_to(setting, value) for key, value in given.items()}
+
+    @torch.no_grad()
+    def step() -> None:
+        network(**moved)
+
+    return {(STEP, BASE): (step, lambda: None)}
+
+
+@contextmanager
+def _folded(network: nn.Module, spec: MixtureSpec, case: Case) -> Iterator[Jobs]:
+    """Fold in the experts of another interval."""
+    mixture = Mixture.attach(network, spec, list(case.targets))
+    folding, owners = Folding(network, list(mixture.layers.values())), cycle([{"core": 0}, {"core": 1}])
+    folding.begin()
+    yield {(EXCHANGE, FOLDED): (lambda: folding.hold(next(owners)), lambda: None)}
+    folding.end()
+    mixture.detach()
+
+
+@contextmanager
+def _fused(pipeline: Any, lora: Path) -> Iterator[Jobs]:
+    """Take one LoRA out of the weights and put another in."""
+    names = ("one", "other")
+    for name in names:
+        pipeline.load_lora_weights(lora, adapter_name=name)
+    coming = cycle(names)
+    pipeline.fuse_lora(adapter_names=[next(coming)])
+
+    def exchange() -> None:
+        pipeline.unfuse_lora()
+        pipeline.fuse_lora(adapter_names=[next(coming)])
+
+    yield {(EXCHANGE, FUSED): (exchange, lambda: None)}
+    pipeline.unfuse_lora()
+    pipeline.unload_lora_weights()
 
 
 def _save_mixture(mixture: Mixture, network: nn.Module, folder: Path) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("cases", "formula", "growth", "passes", "report", "start", "timing", "variants", "world")
+MODULES = ("cases", "formula", "growth", "passes", "report", "start", "targets", "timing", "variants", "world")
 IN_GROWTH = {"base", "PEFT LoRA", "switch", "route"}
 
 
@@ -95,10 +95,12 @@ def test_sections_stay_and_the_figures_are_drawn(
         assert picture.width > 1000
 
 
-def test_attaching_and_loading_are_timed_beside_a_lora(speed: SimpleNamespace, folder: Path) -> None:
+def test_attaching_loading_and_folding_are_timed_beside_loras(speed: SimpleNamespace, folder: Path) -> None:
     found = run(speed, folder, "--sections", "start")["start"]
     said = {(row["pass"], row["variant"]) for row in found["rows"]}
-    assert said == {(what, variant) for what in ("attach", "load") for variant in ("route, 1 context", "PEFT LoRA")}
+    beside_a_lora = {(what, variant) for what in ("attach", "load") for variant in ("route, 1 context", "PEFT LoRA")}
+    exchanged = {("fold in another expert", variant) for variant in ("switch, folded", "PEFT fused")}
+    assert said == beside_a_lora | exchanged | {("one step", "base")}
     for row in found["rows"]:
         low, high = row["quartiles"]
         assert 0 < low <= row["seconds"] <= high

@@ -116,9 +116,11 @@ class Partition:
         inner = self.boundaries[1:-1]
         if not isinstance(t, Tensor):
             return bisect_right(inner, t)
-        index = torch.zeros_like(t, dtype=torch.long)
         if t.device.type != "mps":  # has no float64; elsewhere fractional boundaries are compared unrounded
             t = t.double()
+        if inner and t.device.type == "cpu" and not torch.compiler.is_compiling():
+            return torch.bucketize(t, torch.tensor(inner, dtype=t.dtype), right=True)
+        index = torch.zeros_like(t, dtype=torch.long)  # other devices would wait for a copy of the boundaries
         for boundary in inner:
             index = index + (t >= boundary)
         return index

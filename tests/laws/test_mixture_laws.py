@@ -450,6 +450,35 @@ def test_route_is_base_plus_core_plus_gated_contexts(kind, router_input, gate, k
     assert max_error(y, expected) <= 2e-6  # fp32, values near 1
 
 
+REAL_LAYERS = {
+    "linear": (lambda: nn.Linear(640, 640), (3, 256, 640)),
+    "wide linear": (lambda: nn.Linear(3072, 3072), (3, 16, 3072)),
+    "pointwise": (lambda: nn.Conv2d(320, 320, 1), (3, 320, 16, 16)),
+    "convolution": (lambda: nn.Conv2d(320, 320, 3, padding=1), (3, 320, 16, 16)),
+}
+
+
+@pytest.mark.parametrize("is_training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", REAL_LAYERS)
+def test_layers_of_real_width_agree_with_a_loop_over_samples_in_double_precision(kind, dtype, tolerance, is_training):
+    make, shape = REAL_LAYERS[kind]
+    net, mixture = attach_to_layer(make().to(dtype), MixtureSpec(scales(8, 4, 1)), "route")
+    mixture.layers["layer"].move_experts(dtype=dtype)
+    x, t = normal(*shape).to(dtype), torch.tensor([3.0, 510.5, 999.0])
+    with torch.set_grad_enabled(is_training):
+        y = net(x, t).double()
+    exact, x = copy.deepcopy(net).double(), x.double()
+    layer, spec = exact.layer, mixture.spec
+    gates = explicit_gates(layer.router, positions_last_to_middle(x, layer.base_layer), t, spec)
+    with torch.no_grad():
+        expected = layer.base_layer(x) + explicit_delta(layer, spec.scales[0], x, t)
+        for gate, scale in zip(gates.unbind(1), spec.scales[1:], strict=True):
+            expected += gate.view(-1, *[1] * (x.dim() - 1)) * explicit_delta(layer, scale, x, t)
+    # bf16 rounds by up to 2^-9: features, strengths, the sum over a kernel, the base's output and ours
+    assert max_error(y, expected) <= tolerance * expected.abs().max()
+
+
 @pytest.mark.parametrize("options", [{}, {"gate": "token"}, {"router_input": "t"}], ids=str)
 def test_gates_are_recorded_per_sample_though_the_timestep_is_shared(options):
     net, mixture = attach_to_layer(nn.Linear(6, 4), MixtureSpec(scales(8, 4, 1), **options), "route")

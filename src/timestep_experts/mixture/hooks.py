@@ -52,7 +52,8 @@ class TimestepReader:
             t = t if isinstance(t, Tensor) else torch.tensor([t])  # as_tensor would recompile at every new number
             t = t[:1] if t.dim() and t.stride(0) == 0 else t  # one for all samples, which a pipeline has expanded
             t = t.flatten(1).amax(1) if t.dim() > 1 else t  # one per token: those of a given frame are not noisy
-            t = t.to(sample.device).reshape(-1).float() * self.scale
+            t = t.to(sample.device).reshape(-1).float()
+            t = t if self.scale == 1 else t * self.scale
             self.binding.route_to(t, sample.shape[0])
             if self.folding is not None:
                 self.folding.follow(self.binding)

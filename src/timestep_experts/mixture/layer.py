@@ -28,14 +28,14 @@ class Routing:
     Args:
         t: ``(B,)`` fp32.
         owners: ``(B,)`` int64 by scale.
-        place: of t in the routers' tables.
+        place: of t in the routers' tables; ``None`` where no scale is gated.
         is_shared: one timestep was given for all samples, as pipelines do; then all of these repeat one value.
         is_folded: the owners' experts stand in the weights of the denoiser's folded layers.
     """
 
     t: Tensor
     owners: dict[str, Tensor]
-    place: TablePlace
+    place: TablePlace | None
     is_shared: bool
     is_folded: bool = False
 
@@ -76,11 +76,11 @@ class Binding:
         """
         spec = self.spec
         owners = {scale.name: scale.partition.index_of(t) for scale in spec.scales}
-        place = TablePlace.of(t, spec.num_train_timesteps, spec.router_knots)
+        place = TablePlace.of(t, spec.num_train_timesteps, spec.router_knots) if spec.gated_scales else None
         is_shared = t.shape[0] == 1
         if is_shared and num_samples is not None:
             t, owners = t.expand(num_samples), {name: owner.expand(num_samples) for name, owner in owners.items()}
-            place = place.map(lambda value: value.expand(num_samples))
+            place = None if place is None else place.map(lambda value: value.expand(num_samples))
         self.routing = Routing(t, owners, place, is_shared)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # which keeps none
             self.averages.clear()
@@ -215,7 +215,7 @@ class MixtureLayer(nn.Module):
         if binding.mode == "foster":
             return [scale.scaling for scale in scales]
         resting = [scale.constant_gate * scale.scaling for scale in scales]
-        if binding.mode == "switch" or self.router is None:
+        if binding.mode == "switch" or self.router is None or routing.place is None:
             return [*resting]
         gates: Tensor = self.router(z, routing.place.map(lambda value: routing.spread(value, len(z))))
         if binding.gate_log is not None:

@@ -1,0 +1,84 @@
+"""What experts may cost, and in how many of the measured cases they cost no more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from speed_variants import BASE, FOLDED, PEFT, ROUTE, ROUTE_3, SWITCH, TRAINING
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A limit on a variant's time.
+
+    Args:
+        variant: whose.
+        limit: in units of the other's time.
+        other: what it is compared with in the same run.
+    """
+
+    variant: str
+    limit: float
+    other: str = PEFT
+
+    def __str__(self) -> str:
+        limit = "" if self.limit == 1 else f"{self.limit:g} x "
+        return f"{self.variant} <= {limit}{self.other}"
+
+
+TARGETS = (Target(SWITCH, 1), Target(ROUTE, 1), Target(ROUTE_3, 1.25), Target(FOLDED, 1.01, BASE))
+
+
+def print_targets(console: Console, sections: Mapping[str, Sequence[Row]]) -> None:
+    """How many cases keep each limit, by section, eager and compiled, and the worst one."""
+    table = Table("section", "", "target", title="targets: time by the medians, and memory in training")
+    for column in ("kept in", "median", "worst"):
+        table.add_column(column, justify="right")
+    table.add_column("worst case")
+    for section, rows in sections.items():
+        if section not in ("layers", "denoisers", "world"):
+            continue
+        for compiled in (False, True):
+            own = [row for row in rows if row["compiled"] is compiled]
+            for target in TARGETS:
+                found = sorted(_quotients(own, target))
+                if found:
+                    kept = sum(value <= target.limit for value, _ in found)
+                    median, (worst, where) = found[len(found) // 2][0], found[-1]
+                    cells = (f"{kept} of {len(found)}", f"{median:.3f}", f"{worst:.3f}", where)
+                    table.add_row(section, "compiled" if compiled else "eager", str(target), *cells)
+            shares = sorted(_memory(own))
+            if shares:
+                name, (worst, where) = "memory beyond PEFT LoRA's / experts stored beyond it", shares[-1]
+                table.add_row(section, "eager", name, "", f"{shares[len(shares) // 2][0]:.2f}", f"{worst:.2f}", where)
+        table.add_section()
+    console.print(table)
+
+
+def _quotients(rows: Sequence[Row], target: Target) -> Iterator[tuple[float, str]]:
+    """The variant's time over the other's, and where."""
+    for own, other in _pairs(rows, target.variant, target.other):
+        yield own["ratio"] / other["ratio"], f"{own['case']}, {own['pass']}"
+
+
+def _memory(rows: Sequence[Row]) -> Iterator[tuple[float, str]]:
+    """What training needs beyond one LoRA's, per byte of experts stored beyond it: 2 is experts and gradients."""
+    for variant in (SWITCH, ROUTE, ROUTE_3):
+        for own, other in _pairs(rows, variant, PEFT):
+            if own["pass"] == TRAINING and "peak_bytes" in own:
+                stored = own["extra_weight_bytes"] - other["extra_weight_bytes"]
+                yield (stored + own["peak_bytes"] - other["peak_bytes"]) / stored, f"{own['case']}, {variant}"
+
+
+def _pairs(rows: Sequence[Row], variant: str, other: str) -> Iterator[tuple[Row, Row]]:
+    others = {(row["case"], row["pass"]): row for row in rows if row["variant"] == other}
+    for row in rows:
+        if row["variant"] == variant and (row["case"], row["pass"]) in others:
+            yield row, others[row["case"], row["pass"]]
