@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle
@@ -108,8 +109,10 @@ def _folded(network: nn.Module, spec: MixtureSpec, case: Case) -> Iterator[Jobs]
 def _fused(pipeline: Any, lora: Path) -> Iterator[Jobs]:
     """Take one LoRA out of the weights and put another in."""
     names = ("one", "other")
-    for name in names:
-        pipeline.load_lora_weights(lora, adapter_name=name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are meant
+        for name in names:
+            pipeline.load_lora_weights(lora, adapter_name=name)
     coming = cycle(names)
     pipeline.fuse_lora(adapter_names=[next(coming)])
 
