@@ -11,6 +11,7 @@ denoisers   whole networks of random weights, experts on attention as in the pap
 world       pictures per second of the embedded Stable Diffusion, through its pipeline
 start       until experts can be used: attached, loaded from a folder, folded in
 growth      cost against the number of experts, of contexts, rank, batch and tokens, beside a formula
+gap         what a profiler sees more of than beside the bare layer
 
 Every variant runs once per round, in an order that moves on, after a warm-up; a ratio is the median over rounds of its
 time over the base's in the same round. On a GPU: CUDA events, bf16, torch.compile with CUDA graphs. On the CPU: fp32,
@@ -35,6 +36,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from speed_cases import Case, denoiser_cases, layer_cases
+from speed_gap import gap
 from speed_growth import Sizes, describe, grow
 from speed_passes import Findings, Setting, build, compiler_problem, measure
 from speed_report import print_tables, save_growth, save_ratios
@@ -45,7 +47,7 @@ from speed_variants import PASSES, VARIANTS, Form
 from speed_world import draw
 from timestep_experts.formats.atomic import write_json
 
-SECTIONS = ("layers", "denoisers", "world", "start", "growth")
+SECTIONS = ("layers", "denoisers", "world", "start", "growth", "gap")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESULTS = Path(__file__).parent / "results"
 FORM = Form(num_experts=8, rank=4)
@@ -118,7 +120,7 @@ def kinds(section: str, asked: bool | None, problem: str, device: torch.device, 
     """Eager, and compiled where that is wanted and works; what is left out is said."""
     yield False
     everywhere = device.type == "cuda" or section == "layers"
-    if section in ("start", "growth") or asked is False:
+    if section in ("start", "growth", "gap") or asked is False:
         return
     if asked is None and not everywhere:
         reason = "compiling takes long on a CPU; --compile asks for it"
@@ -138,6 +140,8 @@ def run_section(section: str, setting: Setting, quick: bool, console: Console) -
         return start(denoiser_cases(setting.device, quick=quick)[0], setting, FORM)
     if section == "growth":
         return grow(replace(setting, memory=False), quick=quick)
+    if section == "gap":
+        return gap(setting, FORM, quick=quick)
     list_cases: dict[str, Callable[..., list[Case]]] = {"layers": layer_cases, "denoisers": denoiser_cases}
     findings = Findings()
     for case in list_cases[section](setting.device, quick=quick):

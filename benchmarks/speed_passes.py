@@ -111,7 +111,7 @@ def measure(
     with compiler_at_rest() if setting.compiled else nullcontext():
         for name, make in makers.items():
             try:
-                call = _prepare(case, base, kind, make, form, setting)
+                call = prepare(case, base, kind, make, form, setting)
                 graphs[name] = _warm_up(call, middles(form.num_experts), setting)
             except UnavailableError as error:
                 findings.skipped.append({**about, "variant": name, "reason": str(error)})
@@ -165,7 +165,12 @@ def num_graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])  # noqa: SLF001
 
 
-def _prepare(case: Case, base: nn.Module, kind: Pass, make: Maker, form: Form, setting: Setting) -> Call:
+def prepare(case: Case, base: nn.Module, kind: Pass, make: Maker, form: Form, setting: Setting) -> Call:
+    """A variant with the input of a pass; not yet warm.
+
+    Raises:
+        UnavailableError: it cannot do this pass.
+    """
     if setting.compiled and make is make_adapters and kind == ONE_T and not isinstance(base, OneLayer):
         raise UnavailableError(COMPILES_ANEW)
     batch = case.batches[kind != ONE_T]

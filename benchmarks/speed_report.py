@@ -49,6 +49,9 @@ def print_tables(console: Console, section: str, rows: Sequence[Row], skipped: S
     if section == "start":
         _print_start(console, rows)
         return
+    if section == "gap":
+        _print_gap(console, rows)
+        return
     for compiled in (False, True):
         own = [row for row in rows if row["compiled"] is compiled]
         if own:
@@ -93,6 +96,34 @@ def _print_start(console: Console, rows: Sequence[Row]) -> None:
     console.print(table)
 
 
+def _print_gap(console: Console, rows: Sequence[Row]) -> None:
+    title = "gap: milliseconds of a call beyond the base's, and as a share of the base's, by torch.profiler"
+    table = Table("operator", title=title)
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    for variant in variants:
+        table.add_column(variant, justify="right")
+    for case, kind in dict.fromkeys((row["case"], row["pass"]) for row in rows):
+        own = [row for row in rows if (row["case"], row["pass"]) == (case, kind)]
+        found = {(row["operator"], row["variant"]): row for row in own}
+        sums = [[row for row in own if row["variant"] == variant] for variant in variants]
+        table.add_row(f"{case}, {kind}", *(_excess(*_sum(each)) for each in sums))
+        for operator in dict.fromkeys(row["operator"] for row in own):
+            cells = [found.get((operator, variant)) for variant in variants]
+            table.add_row(
+                f"  {operator}", *("" if c is None else _excess(c["milliseconds"], c["share"]) for c in cells)
+            )
+        table.add_section()
+    console.print(table)
+
+
+def _sum(rows: Sequence[Row]) -> tuple[float, float]:
+    return sum(row["milliseconds"] for row in rows), sum(row["share"] for row in rows)
+
+
+def _excess(milliseconds: float, share: float) -> str:
+    return f"{milliseconds:+.2f} ({share:+.1%})"
+
+
 def _print_growth(console: Console, rows: Sequence[Row]) -> None:
     table = Table("axis", "value", "variant", title="growth: time relative to the base, and by the formula")
     for kind in (MIXED_T, TRAINING):
@@ -119,7 +150,7 @@ def _ratio(row: Row | None) -> str:
 
 def save_ratios(path: Path, sections: Mapping[str, Sequence[Row]], title: str) -> None:
     """Every case and variant as a dot with its quartiles, one column per pass; hollow dots are compiled."""
-    sections = {name: rows for name, rows in sections.items() if name not in ("start", "growth") and rows}
+    sections = {name: rows for name, rows in sections.items() if name not in ("start", "growth", "gap") and rows}
     if not sections:
         return
     cases = {name: list(dict.fromkeys(row["case"] for row in rows)) for name, rows in sections.items()}

@@ -59,7 +59,8 @@ def print_targets(console: Console, sections: Mapping[str, Sequence[Row]]) -> No
                 name, (worst, where) = "memory beyond PEFT LoRA's / experts stored beyond it", shares[-1]
                 table.add_row(section, "eager", name, "", f"{shares[len(shares) // 2][0]:.2f}", f"{worst:.2f}", where)
         table.add_section()
-    console.print(table)
+    if table.row_count:
+        console.print(table)
 
 
 def _quotients(rows: Sequence[Row], target: Target) -> Iterator[tuple[float, str]]:

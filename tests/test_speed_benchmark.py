@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("cases", "formula", "growth", "passes", "report", "start", "targets", "timing", "variants", "world")
+MODULES = ("cases", "formula", "gap", "growth", "passes", "report", "start", "targets", "timing", "variants", "world")
 IN_GROWTH = {"base", "PEFT LoRA", "switch", "route"}
 
 
@@ -105,6 +105,16 @@ def test_attaching_loading_and_folding_are_timed_beside_loras(speed: SimpleNames
         low, high = row["quartiles"]
         assert 0 < low <= row["seconds"] <= high
     assert json.loads((folder / "speed_cpu.json").read_text())["sections"]["start"] == found
+
+
+def test_the_gap_is_told_by_operator(speed: SimpleNamespace, folder: Path) -> None:
+    rows = run(speed, folder, "--sections", "gap")["gap"]["rows"]
+    for kind in (speed.variants.MIXED_T, speed.variants.TRAINING):
+        for variant in ("PEFT LoRA", "switch", "route, 1 context"):
+            found = {r["operator"]: r for r in rows if (r["pass"], r["variant"]) == (kind, variant)}
+            assert "Python, between operators" in found
+            assert found["aten::mm" if variant == "PEFT LoRA" else "aten::bmm"]["milliseconds"] > 0
+            assert all(math.isfinite(row["share"]) for row in found.values())
 
 
 def test_weights_beside_the_base_are_those_of_the_adapters(speed: SimpleNamespace) -> None:
