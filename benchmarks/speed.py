@@ -14,7 +14,7 @@ growth      cost against the number of experts, of contexts, rank, batch and tok
 gap         what a profiler sees more of than beside the bare layer
 
 Every variant runs once per round, in an order that moves on, after a warm-up; a ratio is the median over rounds of its
-time over the base's in the same round. On a GPU: CUDA events, bf16, torch.compile with CUDA graphs. On the CPU: fp32,
+time over the base's right before it. On a GPU: CUDA events, bf16, torch.compile with CUDA graphs. On the CPU: fp32,
 and torch.compile on single layers alone unless --compile asks for all. docs/performance.md says what each variant is.
 """
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -74,9 +75,11 @@ def main() -> None:
             continue
         findings = Findings()
         for compiled in kinds(section, options.compile, problem, device, findings):
-            more = run_section(section, replace(setting, compiled=compiled), options.quick, console)
+            more = run_section(section, replace(setting, compiled=compiled), options, console)
             findings.rows += more.rows
             findings.skipped += more.skipped
+        if options.cases:
+            keep_other_cases(findings, document["sections"].get(section, {}), options.cases)
         about = environment(setting, options.quick)
         document["sections"][section] = {"environment": about, "rows": findings.rows, "skipped": findings.skipped}
         write_json(output, document)
@@ -90,6 +93,7 @@ def parse() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--cases", metavar="REGEX", help="of layers and denoisers those whose name has this in it")
     parser.add_argument(
         "--rounds", type=int, help="at most so many (15; fewer where a round takes long, never below 3)"
     )
@@ -132,8 +136,16 @@ def kinds(section: str, asked: bool | None, problem: str, device: torch.device, 
     findings.skipped.append({"case": "all", "pass": "compiled", "compiled": True, "variant": "all", "reason": reason})
 
 
-def run_section(section: str, setting: Setting, quick: bool, console: Console) -> Findings:
+def keep_other_cases(findings: Findings, before: dict[str, Any], cases: str) -> None:
+    """Put what an earlier run has of other cases before what was found of these."""
+    for name in ("rows", "skipped"):
+        own = getattr(findings, name)
+        own[:0] = [row for row in before.get(name, []) if not re.search(cases, row["case"]) and row not in own]
+
+
+def run_section(section: str, setting: Setting, options: argparse.Namespace, console: Console) -> Findings:
     """All cases of a section under all passes, eager or compiled."""
+    quick = options.quick
     if section == "world":
         return draw(setting, FORM, quick=quick)
     if section == "start":
@@ -145,6 +157,8 @@ def run_section(section: str, setting: Setting, quick: bool, console: Console) -
     list_cases: dict[str, Callable[..., list[Case]]] = {"layers": layer_cases, "denoisers": denoiser_cases}
     findings = Findings()
     for case in list_cases[section](setting.device, quick=quick):
+        if options.cases and not re.search(options.cases, case.name):
+            continue
         base = build(case, setting)
         for kind in PASSES:
             with console.status(f"{case.name}, {kind}{', compiled' if setting.compiled else ''}"):

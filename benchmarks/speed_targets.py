@@ -66,7 +66,7 @@ def print_targets(console: Console, sections: Mapping[str, Sequence[Row]]) -> No
 def _quotients(rows: Sequence[Row], target: Target) -> Iterator[tuple[float, str]]:
     """The variant's time over the other's, and where."""
     for own, other in _pairs(rows, target.variant, target.other):
-        yield own["ratio"] / other["ratio"], f"{own['case']}, {own['pass']}"
+        yield own["ratio"] / (1 if target.other == BASE else other["ratio"]), f"{own['case']}, {own['pass']}"
 
 
 def _memory(rows: Sequence[Row]) -> Iterator[tuple[float, str]]:

@@ -49,7 +49,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Timing:
-    """Over rounds, the median and quartiles of a job's time divided by the base's in the same round.
+    """Over rounds, the median and quartiles of a job's time divided by the base's right before it.
 
     Args:
         ratio: median.
@@ -95,6 +95,9 @@ def interleave(
 ) -> dict[str, Timing]:
     """Time all jobs, round after round, in an order that moves on by one; t is the same within a round.
 
+    The base is timed anew right before each job, itself included: what else the machine does hits both, and how far
+    the base is from itself says how much that was.
+
     Args:
         jobs: by name; warm.
         base: the name of the one that the others are divided by.
@@ -104,19 +107,26 @@ def interleave(
     """
     first = {name: stopwatch.time(partial(job.run, ts[0])) for name, job in jobs.items()}
     calls = max(1, min(MAX_CALLS, math.ceil(budget.min_seconds / max(first[base], 1e-9))))
-    rounds = min(budget.rounds, max(MIN_ROUNDS, int(budget.seconds / ((calls + 1) * sum(first.values())))))
-    names = list(jobs)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    firsts: dict[str, list[float]] = {name: [] for name in names}
+    round_seconds = (calls + 1) * (sum(first.values()) + len(jobs) * first[base])
+    rounds = min(budget.rounds, max(MIN_ROUNDS, int(budget.seconds / round_seconds)))
+    names, is_short = list(jobs), first[base] < SHORT_SECONDS
+    samples: dict[str, list[_Sample]] = {name: [] for name in names}
     for turn in range(rounds):
         t = ts[turn % len(ts)]
         start = turn % len(names)
         for name in names[start:] + names[:start]:
-            job = jobs[name]
-            if first[base] < SHORT_SECONDS or job.settles:  # caches hold the job before
-                firsts[name].append(stopwatch.time(partial(job.run, t)))
-            seconds[name].append(stopwatch.time(partial(_repeat, job, t, calls)) / calls)
-    return {name: _summarise(seconds[name], seconds[base], firsts[name], calls) for name in names}
+            bare, own = (_sample(jobs[which], t, calls, is_short, stopwatch) for which in (base, name))
+            samples[name].append((own[0], bare[0], own[1]))
+    return {name: _summarise(samples[name], calls) for name in names}
+
+
+_Sample = tuple[float, float, float | None]
+
+
+def _sample(job: Job, t: float, calls: int, is_short: bool, stopwatch: Stopwatch) -> tuple[float, float | None]:
+    """Seconds of a call, and of the one before it where that does more: caches hold another job's data."""
+    first = stopwatch.time(partial(job.run, t)) if is_short or job.settles else None
+    return stopwatch.time(partial(_repeat, job, t, calls)) / calls, first
 
 
 def _repeat(job: Job, t: float, calls: int) -> None:
@@ -124,11 +134,13 @@ def _repeat(job: Job, t: float, calls: int) -> None:
         job.run(t)
 
 
-def _summarise(seconds: list[float], base: list[float], firsts: list[float], calls: int) -> Timing:
-    ratios = [own / bare for own, bare in zip(seconds, base, strict=True)]
+def _summarise(samples: Sequence[_Sample], calls: int) -> Timing:
+    ratios = [own / bare for own, bare, _ in samples]
     low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    firsts = [first for _, _, first in samples if first is not None]
+    seconds = statistics.median(own for own, _, _ in samples)
     first = statistics.median(firsts) if firsts else None
-    return Timing(statistics.median(ratios), (low, high), statistics.median(seconds), first, len(ratios), calls)
+    return Timing(statistics.median(ratios), (low, high), seconds, first, len(ratios), calls)
 
 
 def peak_bytes(runs: Mapping[str, Callable[[], None]], device: torch.device) -> dict[str, int]:

@@ -69,14 +69,12 @@ def test_every_variant_is_measured_or_its_absence_explained(
     assert all(row["reason"] for row in found["skipped"])
 
 
-def test_ratios_are_finite_and_the_base_is_one(section: tuple[str, dict[str, Any]]) -> None:
+def test_ratios_are_finite_and_memory_of_the_base_is_one(section: tuple[str, dict[str, Any]]) -> None:
     name, found = section
     for row in found["rows"]:
         low, high = row["quartiles"]
         assert 0 < low <= row["ratio"] <= high
         assert math.isfinite(high)
-        if row["variant"] == "base":
-            assert low == row["ratio"] == high == 1
         if name in ("layers", "denoisers"):
             assert math.isfinite(row["memory_ratio"])
             assert row["peak_bytes"] > 0

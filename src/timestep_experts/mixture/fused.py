@@ -246,14 +246,19 @@ def _add_planes(base: Tensor, hidden: Tensor, ups: Sequence[Tensor], geometry: L
 
 def _add_product(base: Tensor, left: Tensor, right: Tensor, in_place: bool) -> Tensor:
     """``base + left @ right``, with left ``(B, p, R)`` and right ``(B, R, q)``."""
-    rank, width = right.shape[1:]
+    rank = right.shape[1]
     if _is_fused(rank):
-        # as_strided has the compiler write these down in that order; it would gather them anew for every position
-        right = right.contiguous().as_strided(right.shape, (rank * width, width, 1))
+        left, right = _written_down(left), _written_down(right)
         for i in range(rank):
             base = base + left[:, :, i : i + 1] * right[:, i : i + 1]
         return base
     return (torch.Tensor.baddbmm_ if in_place else torch.baddbmm)(base, left, right)
+
+
+def _written_down(factor: Tensor) -> Tensor:
+    """The same ``(B, p, q)``, in memory and in this order: a compiler would gather it anew for every position."""
+    _, rows, columns = factor.shape
+    return factor.contiguous().as_strided(factor.shape, (rows * columns, columns, 1))
 
 
 def _send(x: Tensor, down: Tensor, geometry: LayerGeometry) -> Tensor:
