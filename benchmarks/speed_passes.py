@@ -16,7 +16,6 @@ from speed_timing import Budget, Job, Stopwatch, Timing, interleave, peak_bytes
 from speed_variants import BASE, ONE_T, TRAINING, Form, Maker, Pass, UnavailableError, Variant, make_adapters
 from timestep_experts.intervals import Partition
 
-WARM_UP = 2
 NUM_TIMESTEPS = 1000
 COMPILES_ANEW = "the network is compiled anew for each adapter: measured on single layers alone"
 
@@ -202,8 +201,7 @@ def moved_to(setting: Setting, value: Any) -> Any:
 def _warm_up(call: Call, ts: Sequence[float], setting: Setting) -> int:
     """Call it until nothing is made for the first time; the number of graphs compiled for it."""
     before = num_graphs() if setting.compiled else 0
-    turns = (ts if call.ts is None else ts[:1]) if setting.compiled else ts[:WARM_UP]
-    for t in turns:
+    for t in ts if setting.compiled and call.ts is None else ts[:1]:
         for _ in range(3 if call.uses_graphs else 1):  # a CUDA graph is recorded at the second call
             try:
                 call.run(t)
