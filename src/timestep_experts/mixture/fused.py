@@ -248,7 +248,7 @@ def _add_product(base: Tensor, left: Tensor, right: Tensor, in_place: bool) -> T
     """``base + left @ right``, with left ``(B, p, R)`` and right ``(B, R, q)``."""
     rank = right.shape[1]
     if _is_fused(rank):
-        left, right = _written_down(left), _written_down(right)
+        left, right = _written_down(left.transpose(1, 2)).transpose(1, 2), _written_down(right)
         for i in range(rank):
             base = base + left[:, :, i : i + 1] * right[:, i : i + 1]
         return base
@@ -256,7 +256,11 @@ def _add_product(base: Tensor, left: Tensor, right: Tensor, in_place: bool) -> T
 
 
 def _written_down(factor: Tensor) -> Tensor:
-    """The same ``(B, p, q)``, in memory and in this order: a compiler would gather it anew for every position."""
+    """The same ``(B, R, q)``, in memory and in this order: a compiler would gather it anew for every position.
+
+    Its loop may run along either axis of the output, whatever the layout of that is when it has planned convolutions;
+    a factor that stands in this order is read in one piece.
+    """
     _, rows, columns = factor.shape
     return factor.contiguous().as_strided(factor.shape, (rows * columns, columns, 1))
 
