@@ -49,6 +49,7 @@ from speed_world import draw
 from timestep_experts.formats.atomic import write_json
 
 SECTIONS = ("layers", "denoisers", "world", "start", "growth", "gap")
+LIST_CASES: dict[str, Callable[..., list[Case]]] = {"layers": layer_cases, "denoisers": denoiser_cases}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESULTS = Path(__file__).parent / "results"
 FORM = Form(num_experts=8, rank=4)
@@ -73,14 +74,16 @@ def main() -> None:
     for section in SECTIONS:
         if section not in options.sections:
             continue
-        findings = Findings()
+        findings, about = Findings(), environment(setting, options.quick)
+        before = document["sections"].get(section, {})
+        if section in LIST_CASES:
+            require_same_table(section, options, device, before, about)
         for compiled in kinds(section, options.compile, problem, device, findings):
             more = run_section(section, replace(setting, compiled=compiled), options, console)
             findings.rows += more.rows
             findings.skipped += more.skipped
-        if options.cases:
-            keep_other_cases(findings, document["sections"].get(section, {}), options.cases)
-        about = environment(setting, options.quick)
+        if section in LIST_CASES:
+            keep_other_cases(findings, before, options.cases)
         document["sections"][section] = {"environment": about, "rows": findings.rows, "skipped": findings.skipped}
         write_json(output, document)
         print_tables(console, section, findings.rows, findings.skipped)
@@ -93,7 +96,8 @@ def parse() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
-    parser.add_argument("--cases", metavar="REGEX", help="of layers and denoisers those whose name has this in it")
+    help_cases = "of layers and denoisers those whose name has this in it; the others stay in the file"
+    parser.add_argument("--cases", metavar="REGEX", type=re.compile, default=re.compile(""), help=help_cases)
     parser.add_argument(
         "--rounds", type=int, help="at most so many (15; fewer where a round takes long, never below 3)"
     )
@@ -136,11 +140,28 @@ def kinds(section: str, asked: bool | None, problem: str, device: torch.device, 
     findings.skipped.append({"case": "all", "pass": "compiled", "compiled": True, "variant": "all", "reason": reason})
 
 
-def keep_other_cases(findings: Findings, before: dict[str, Any], cases: str) -> None:
+def require_same_table(
+    section: str, options: argparse.Namespace, device: torch.device, before: dict[str, Any], about: dict[str, Any]
+) -> None:
+    """Stop where no case is meant, or where those that would stay were measured under other conditions."""
+    names = [case.name for case in LIST_CASES[section](device, quick=options.quick)]
+    meant = [name for name in names if options.cases.search(name)]
+    if not meant:
+        raise SystemExit(
+            f"--cases: nothing in {section} is called {options.cases.pattern!r}; it has: {', '.join(names)}"
+        )
+    if len(meant) < len(names) and before.get("environment", about) != about:
+        raise SystemExit(
+            f"--cases: the other {section} in the file were measured under other conditions, {before['environment']}"
+            f" and not {about}; measure all of them again, or name another folder with --output"
+        )
+
+
+def keep_other_cases(findings: Findings, before: dict[str, Any], cases: re.Pattern[str]) -> None:
     """Put what an earlier run has of other cases before what was found of these."""
     for name in ("rows", "skipped"):
         own = getattr(findings, name)
-        own[:0] = [row for row in before.get(name, []) if not re.search(cases, row["case"]) and row not in own]
+        own[:0] = [row for row in before.get(name, []) if not cases.search(row["case"]) and row not in own]
 
 
 def run_section(section: str, setting: Setting, options: argparse.Namespace, console: Console) -> Findings:
@@ -154,10 +175,9 @@ def run_section(section: str, setting: Setting, options: argparse.Namespace, con
         return grow(replace(setting, memory=False), quick=quick)
     if section == "gap":
         return gap(setting, FORM, quick=quick)
-    list_cases: dict[str, Callable[..., list[Case]]] = {"layers": layer_cases, "denoisers": denoiser_cases}
     findings = Findings()
-    for case in list_cases[section](setting.device, quick=quick):
-        if options.cases and not re.search(options.cases, case.name):
+    for case in LIST_CASES[section](setting.device, quick=quick):
+        if not options.cases.search(case.name):
             continue
         base = build(case, setting)
         for kind in PASSES:

@@ -31,7 +31,7 @@ ATTACH, LOAD, EXCHANGE, STEP = "attach", "load", "fold in another expert", "one 
 Jobs = dict[tuple[str, str], tuple[Callable[[], object], Callable[[], object]]]
 """By what and by variant: what is timed, and what undoes it."""
 
-STEPS = 5
+MOST_LONG_ROUNDS = 5  # of what may take as long as a step
 
 
 def start(case: Case, setting: Setting, form: Form) -> Findings:
@@ -69,7 +69,7 @@ def start(case: Case, setting: Setting, form: Form) -> Findings:
         }
         stopwatch, rounds = Stopwatch(setting.device), setting.budget.rounds
         seconds = _time_in_turn(jobs, stopwatch, rounds)
-        few = min(rounds, STEPS)
+        few = min(rounds, MOST_LONG_ROUNDS)
         seconds |= _time_in_turn(_step(network, case, setting), stopwatch, few)
         with _folded(network, spec, case) as job:
             seconds |= _time_in_turn(job, stopwatch, few)

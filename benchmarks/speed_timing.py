@@ -90,6 +90,10 @@ class Stopwatch:
         return float(first.elapsed_time(last)) / 1000
 
 
+_Sample = tuple[float, float, float | None]
+"""Seconds of a call, of the base's right before it, and of the call that led up to it."""
+
+
 def interleave(
     jobs: Mapping[str, Job], base: str, stopwatch: Stopwatch, ts: Sequence[float], budget: Budget
 ) -> dict[str, Timing]:
@@ -118,9 +122,6 @@ def interleave(
             bare, own = (_sample(jobs[which], t, calls, is_short, stopwatch) for which in (base, name))
             samples[name].append((own[0], bare[0], own[1]))
     return {name: _summarise(samples[name], calls) for name in names}
-
-
-_Sample = tuple[float, float, float | None]
 
 
 def _sample(job: Job, t: float, calls: int, is_short: bool, stopwatch: Stopwatch) -> tuple[float, float | None]:

@@ -94,7 +94,7 @@ def updates_of(bundle: Bundle) -> dict[str, list[LowRank]]:
                     f"{path} has {len(down)} of the {len(scale.partition)} experts of scale {scale.name}: denoisers"
                     " share out the timesteps, so no single LoRA can stand for the experts of both"
                 )
-            scaling = scale.alpha / scale.rank
+            scaling = scale.scaling
             found[path] += [LowRank(a, scaling * b) for a, b in zip(down, up, strict=True)]
     return found
 

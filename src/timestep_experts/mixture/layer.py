@@ -215,8 +215,9 @@ class MixtureLayer(nn.Module):
         if binding.mode == "foster":
             return [scale.scaling for scale in scales]
         resting = [scale.constant_gate * scale.scaling for scale in scales]
-        if binding.mode == "switch" or self.router is None or routing.place is None:
+        if binding.mode == "switch" or self.router is None:
             return [*resting]
+        assert routing.place is not None  # a scale is gated, or there were no router
         gates: Tensor = self.router(z, routing.place.map(lambda value: routing.spread(value, len(z))))
         if binding.gate_log is not None:
             binding.gate_log.setdefault(self.name, []).append(gates.detach().expand(len(z), *gates.shape[1:]))

@@ -84,7 +84,7 @@ class MixtureSpec:
 
     @property
     def num_train_timesteps(self) -> int:
-        """T."""
+        """T, which all partitions share."""
         return int(self.scales[0].partition.num_train_timesteps)
 
     @property
