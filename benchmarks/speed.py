@@ -44,7 +44,7 @@ from speed_report import print_tables, save_growth, save_ratios
 from speed_start import start
 from speed_targets import print_targets
 from speed_timing import Budget
-from speed_variants import PASSES, VARIANTS, Form
+from speed_variants import PASSES, VARIANTS, Form, Pass
 from speed_world import draw
 from timestep_experts.formats.atomic import write_json
 
@@ -82,8 +82,8 @@ def main() -> None:
             more = run_section(section, replace(setting, compiled=compiled), options, console)
             findings.rows += more.rows
             findings.skipped += more.skipped
-        if section in LIST_CASES:
-            keep_other_cases(findings, before, options.cases)
+        if section in LIST_CASES and options.cases.pattern:
+            keep_other_cases(findings, before)
         document["sections"][section] = {"environment": about, "rows": findings.rows, "skipped": findings.skipped}
         write_json(output, document)
         print_tables(console, section, findings.rows, findings.skipped)
@@ -96,7 +96,9 @@ def parse() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
-    help_cases = "of layers and denoisers those whose name has this in it; the others stay in the file"
+    help_cases = (
+        "of layers and denoisers what has this in 'case, pass', as in 'SD3.*one t'; the others stay in the file"
+    )
     parser.add_argument("--cases", metavar="REGEX", type=re.compile, default=re.compile(""), help=help_cases)
     parser.add_argument(
         "--rounds", type=int, help="at most so many (15; fewer where a round takes long, never below 3)"
@@ -144,24 +146,35 @@ def require_same_table(
     section: str, options: argparse.Namespace, device: torch.device, before: dict[str, Any], about: dict[str, Any]
 ) -> None:
     """Stop where no case is meant, or where those that would stay were measured under other conditions."""
-    names = [case.name for case in LIST_CASES[section](device, quick=options.quick)]
-    meant = [name for name in names if options.cases.search(name)]
-    if not meant:
+    cases = LIST_CASES[section](device, quick=options.quick)
+    if not any(passes_of(case, options.cases) for case in cases):
         raise SystemExit(
-            f"--cases: nothing in {section} is called {options.cases.pattern!r}; it has: {', '.join(names)}"
+            f"--cases: nothing in {section} is called {options.cases.pattern!r}; it has:"
+            f" {', '.join(case.name for case in cases)}; each with {', with '.join(PASSES)}"
         )
-    if len(meant) < len(names) and before.get("environment", about) != about:
+    is_part = any(len(passes_of(case, options.cases)) < len(PASSES) for case in cases)
+    if is_part and before.get("environment", about) != about:
         raise SystemExit(
             f"--cases: the other {section} in the file were measured under other conditions, {before['environment']}"
             f" and not {about}; measure all of them again, or name another folder with --output"
         )
 
 
-def keep_other_cases(findings: Findings, before: dict[str, Any], cases: re.Pattern[str]) -> None:
-    """Put what an earlier run has of other cases before what was found of these."""
+def passes_of(case: Case, pattern: re.Pattern[str]) -> list[Pass]:
+    """Those passes of a case that --cases means."""
+    return [kind for kind in PASSES if pattern.search(f"{case.name}, {kind}")]
+
+
+def keep_other_cases(findings: Findings, before: dict[str, Any]) -> None:
+    """Put what an earlier run has of other cases and passes before what was found of these."""
+    measured = {_key(row) for row in findings.rows}
     for name in ("rows", "skipped"):
         own = getattr(findings, name)
-        own[:0] = [row for row in before.get(name, []) if not cases.search(row["case"]) and row not in own]
+        own[:0] = [row for row in before.get(name, []) if _key(row) not in measured and row not in own]
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["case"], row["pass"], row["compiled"]
 
 
 def run_section(section: str, setting: Setting, options: argparse.Namespace, console: Console) -> Findings:
@@ -177,10 +190,10 @@ def run_section(section: str, setting: Setting, options: argparse.Namespace, con
         return gap(setting, FORM, quick=quick)
     findings = Findings()
     for case in LIST_CASES[section](setting.device, quick=quick):
-        if not options.cases.search(case.name):
+        if not (passes := passes_of(case, options.cases)):
             continue
         base = build(case, setting)
-        for kind in PASSES:
+        for kind in passes:
             with console.status(f"{case.name}, {kind}{', compiled' if setting.compiled else ''}"):
                 more = measure(case, base, kind, VARIANTS, FORM, setting)
             findings.rows += more.rows

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from speed_cases import Case, convolution, linear
 from speed_passes import Call, Findings, Setting, build, middles, prepare
-from speed_variants import BASE, MIXED_T, PEFT, ROUTE, SWITCH, TRAINING, VARIANTS, Form
+from speed_variants import BASE, FOLDED, MIXED_T, ONE_T, PASSES, PEFT, ROUTE, SWITCH, TRAINING, VARIANTS, Form
 
 SHARE = 0.005  # of the base's time; what is below goes into one row
 PYTHON, OTHERS = "Python, between operators", "other operators"
-COMPARED = (PEFT, SWITCH, ROUTE)
+COMPARED = {ONE_T: (PEFT, SWITCH, FOLDED, ROUTE), MIXED_T: (PEFT, SWITCH, ROUTE), TRAINING: (PEFT, SWITCH, ROUTE)}
+ROUNDS, CALLS = 9, 5
 
 
 def gap_cases(batch: int, *, quick: bool) -> list[Case]:
@@ -31,31 +34,43 @@ def gap(setting: Setting, form: Form, *, quick: bool) -> Findings:
     findings = Findings()
     for case in gap_cases(8 if setting.device.type == "cuda" else 4, quick=quick):
         base = build(case, setting)
-        for kind in (MIXED_T, TRAINING):
-            calls = {name: prepare(case, base, kind, VARIANTS[name], form, setting) for name in (BASE, *COMPARED)}
-            spent = {name: _profile(call, form, setting, 2 if quick else 30) for name, call in calls.items()}
+        for kind in PASSES:
+            names = (BASE, *COMPARED[kind])
+            calls = {name: prepare(case, base, kind, VARIANTS[name], form, setting) for name in names}
+            spent = _in_turn(calls, middles(form.num_experts)[0], setting, 1 if quick else ROUNDS)
             whole = spent[BASE].total()
-            for name in COMPARED:
+            for name in COMPARED[kind]:
                 about = {"case": case.name, "pass": kind, "variant": name, "compiled": False}
                 excess = Counter({op: spent[name][op] - spent[BASE][op] for op in spent[name] | spent[BASE]})
                 small = sum(more for op, more in excess.items() if abs(more) < SHARE * whole and op != PYTHON)
                 shown = [(op, more) for op, more in excess.most_common() if abs(more) >= SHARE * whole or op == PYTHON]
                 for op, more in (*shown, (OTHERS, small)):
                     row = {"operator": op, "milliseconds": more * 1e3, "share": more / whole}
-                    findings.rows.append({**about, "batch": case.batches[1], **row})
+                    findings.rows.append({**about, "batch": case.batches[kind != ONE_T], **row})
     return findings
 
 
-def _profile(call: Call, form: Form, setting: Setting, count: int) -> Counter[str]:
-    """Seconds of one call by operator."""
-    t, is_cuda = middles(form.num_experts)[0], setting.device.type == "cuda"
-    for _ in range(3):
-        call.run(t)
+def _in_turn(calls: Mapping[str, Call], t: float, setting: Setting, rounds: int) -> dict[str, Counter[str]]:
+    """Seconds of one call by operator, the median over rounds in which each has its turn."""
+    for call in calls.values():
+        for _ in range(3):
+            call.run(t)
+    found = [{name: _profile(call, t, setting) for name, call in calls.items()} for _ in range(rounds)]
+    return {name: _medians([turn[name] for turn in found]) for name in calls}
+
+
+def _medians(turns: list[Counter[str]]) -> Counter[str]:
+    return Counter({op: statistics.median(turn[op] for turn in turns) for op in set().union(*turns)})
+
+
+def _profile(call: Call, t: float, setting: Setting) -> Counter[str]:
+    """Seconds of one call by operator, the mean of a few."""
+    is_cuda = setting.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
     with profile(activities=activities) as profiler:
-        for _ in range(count):
+        for _ in range(CALLS):
             with record_function(PYTHON):
                 call.run(t)
     events: list[Any] = list(profiler.key_averages())
     spent = Counter({e.key: (e.self_device_time_total if is_cuda else e.self_cpu_time_total) for e in events})
-    return Counter({op: time / count / 1e6 for op, time in spent.items() if time > 0})
+    return Counter({op: time / CALLS / 1e6 for op, time in spent.items() if time > 0})

@@ -111,6 +111,10 @@ def test_a_part_of_the_cases_is_measured_anew(speed: SimpleNamespace, tmp_path: 
     assert len(again["rows"]) == len(first["rows"])
     for row in again["rows"]:
         assert (row in first["rows"]) == ("1x1" not in row["case"])
+    training = run(speed, tmp_path, "--sections", "layers", "--no-compile", "--cases", "Linear.*training")["layers"]
+    assert len(training["rows"]) == len(first["rows"])
+    for row in training["rows"]:
+        assert (row in again["rows"]) == ("Linear" not in row["case"] or "training" not in row["pass"])
     with pytest.raises(SystemExit, match="it has: tiny: Linear"):
         run(speed, tmp_path, "--sections", "layers", "--cases", "5x5")
     kept = json.loads((tmp_path / "speed_cpu.json").read_text())
@@ -133,6 +137,11 @@ def test_the_gap_is_told_by_operator(speed: SimpleNamespace, folder: Path) -> No
             )
             assert any(found[operator]["milliseconds"] > 0 for operator in own if operator in found)
             assert all(math.isfinite(row["share"]) for row in found.values())
+    one_t = [r for r in rows if r["pass"] == speed.variants.ONE_T]
+    assert {r["variant"] for r in one_t} == {"PEFT LoRA", "switch", "switch, folded", "route, 1 context"}
+    folded = {r["operator"] for r in one_t if r["variant"] == "switch, folded"}
+    assert "Python, between operators" in folded
+    assert "aten::baddbmm_" not in folded  # no product beside the layer's own
 
 
 def test_weights_beside_the_base_are_those_of_the_adapters(speed: SimpleNamespace) -> None:
