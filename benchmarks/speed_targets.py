@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,7 @@ def print_targets(console: Console, sections: Mapping[str, Sequence[Row]]) -> No
                     found = sorted((_quotient(*pair, target), _where(pair[0])) for pair in pairs)
                     kept = sum(value <= target.limit for value, _ in found)
                     missed = sum(_is_clearly_missed(*pair, target) for pair in pairs)
-                    median, (worst, where) = found[len(found) // 2][0], found[-1]
+                    median, (worst, where) = statistics.median(value for value, _ in found), found[-1]
                     cells = (f"{kept} of {len(found)}", str(missed), f"{median:.3f}", f"{worst:.3f}", where)
                     table.add_row(section, "compiled" if compiled else "eager", str(target), *cells)
             shares = sorted(_memory(own))
