@@ -106,7 +106,7 @@ def _print_gap(console: Console, rows: Sequence[Row]) -> None:
         own = [row for row in rows if (row["case"], row["pass"]) == (case, kind)]
         found = {(row["operator"], row["variant"]): row for row in own}
         sums = [[row for row in own if row["variant"] == variant] for variant in variants]
-        table.add_row(f"{case}, {kind}", *(_excess(*_sum(each)) for each in sums))
+        table.add_row(f"{case}, {kind}", *(_excess(*_sum(each)) if each else "" for each in sums))
         for operator in dict.fromkeys(row["operator"] for row in own):
             cells = [found.get((operator, variant)) for variant in variants]
             table.add_row(
