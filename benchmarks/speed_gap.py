@@ -11,11 +11,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from speed_cases import Case, convolution, linear
 from speed_passes import Call, Findings, Setting, build, middles, prepare
-from speed_variants import BASE, FOLDED, MIXED_T, ONE_T, PASSES, PEFT, ROUTE, SWITCH, TRAINING, VARIANTS, Form
+from speed_variants import BASE, FOLDED, ONE_T, PASSES, PEFT, ROUTE, SWITCH, VARIANTS, Form
 
 SHARE = 0.005  # of the base's time; what is below goes into one row
 PYTHON, OTHERS = "Python, between operators", "other operators"
-COMPARED = {ONE_T: (PEFT, SWITCH, FOLDED, ROUTE), MIXED_T: (PEFT, SWITCH, ROUTE), TRAINING: (PEFT, SWITCH, ROUTE)}
+COMPARED = (PEFT, SWITCH, ROUTE)
 ROUNDS, CALLS = 9, 5
 
 
@@ -35,11 +35,11 @@ def gap(setting: Setting, form: Form, *, quick: bool) -> Findings:
     for case in gap_cases(8 if setting.device.type == "cuda" else 4, quick=quick):
         base = build(case, setting)
         for kind in PASSES:
-            names = (BASE, *COMPARED[kind])
-            calls = {name: prepare(case, base, kind, VARIANTS[name], form, setting) for name in names}
+            compared = (*COMPARED, FOLDED) if kind == ONE_T else COMPARED
+            calls = {name: prepare(case, base, kind, VARIANTS[name], form, setting) for name in (BASE, *compared)}
             spent = _in_turn(calls, middles(form.num_experts)[0], setting, 1 if quick else ROUNDS)
             whole = spent[BASE].total()
-            for name in COMPARED[kind]:
+            for name in compared:
                 about = {"case": case.name, "pass": kind, "variant": name, "compiled": False}
                 excess = Counter({op: spent[name][op] - spent[BASE][op] for op in spent[name] | spent[BASE]})
                 small = sum(more for op, more in excess.items() if abs(more) < SHARE * whole and op != PYTHON)

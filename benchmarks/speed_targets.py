@@ -63,9 +63,8 @@ def print_targets(console: Console, sections: Mapping[str, Sequence[Row]]) -> No
             shares = sorted(_memory(own))
             if shares:
                 name, (worst, where) = "memory beyond PEFT LoRA's / experts stored beyond it", shares[-1]
-                table.add_row(
-                    section, "eager", name, "", "", f"{shares[len(shares) // 2][0]:.2f}", f"{worst:.2f}", where
-                )
+                median = statistics.median(share for share, _ in shares)
+                table.add_row(section, "eager", name, "", "", f"{median:.2f}", f"{worst:.2f}", where)
         table.add_section()
     if table.row_count:
         console.print(table)
@@ -77,6 +76,7 @@ def _quotient(own: Row, other: Row, target: Target) -> float:
 
 
 def _is_clearly_missed(own: Row, other: Row, target: Target) -> bool:
+    """The base's own quartiles are those of noise, and never stricter than the limit itself."""
     highest = max(1.0, other["quartiles"][1]) if target.other == BASE else other["quartiles"][1]
     return bool(own["quartiles"][0] > target.limit * highest)
 
