@@ -9,7 +9,7 @@ is not run again stays in the file. Sections:
 layers      one linear layer or convolution at the widths of known models
 denoisers   whole networks of random weights, experts on attention as in the papers
 world       pictures per second of the embedded Stable Diffusion, through its pipeline
-start       until experts can be used: attached, loaded from a folder, folded in
+start       until experts can be used: attached, loaded from a folder, fused in
 growth      cost against the number of experts, of contexts, rank, batch and tokens, beside a formula
 gap         what a profiler sees more of than beside the bare layer
 

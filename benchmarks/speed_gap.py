@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from speed_cases import Case, convolution, linear
 from speed_passes import Call, Findings, Setting, build, middles, prepare
-from speed_variants import BASE, FOLDED, ONE_T, PASSES, PEFT, ROUTE, SWITCH, VARIANTS, Form
+from speed_variants import BASE, FUSED_IN, ONE_T, PASSES, PEFT, ROUTE, SWITCH, VARIANTS, Form
 
 SHARE = 0.005  # of the base's time; what is below goes into one row
 PYTHON, OTHERS = "Python, between operators", "other operators"
@@ -35,7 +35,7 @@ def gap(setting: Setting, form: Form, *, quick: bool) -> Findings:
     for case in gap_cases(8 if setting.device.type == "cuda" else 4, quick=quick):
         base = build(case, setting)
         for kind in PASSES:
-            compared = (*COMPARED, FOLDED) if kind == ONE_T else COMPARED
+            compared = (*COMPARED, FUSED_IN) if kind == ONE_T else COMPARED
             calls = {name: prepare(case, base, kind, VARIANTS[name], form, setting) for name in (BASE, *compared)}
             spent = _in_turn(calls, middles(form.num_experts)[0], setting, 1 if quick else ROUNDS)
             whole = spent[BASE].total()

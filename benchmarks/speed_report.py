@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from speed_growth import AXES, ROUTE
-from speed_variants import ADAPTERS, BASE, FOLDED, FUSED, MIXED_T, PASSES, PEFT, ROUTE_3, SWITCH, TRAINING
+from speed_variants import ADAPTERS, BASE, FUSED, FUSED_IN, MIXED_T, PASSES, PEFT, ROUTE_3, SWITCH, TRAINING
 from speed_variants import ROUTE as ROUTE_1
 from timestep_experts.formats.atomic import atomic_path
 from timestep_experts.report.figures import figure_style
@@ -27,7 +27,7 @@ COLOURS = {
     ADAPTERS: PALETTE[4],
     FUSED: PALETTE[3],
     SWITCH: PALETTE[0],
-    FOLDED: PALETTE[5],
+    FUSED_IN: PALETTE[5],
     ROUTE_1: PALETTE[2],
     ROUTE_3: PALETTE[6],
     ROUTE: PALETTE[2],

@@ -1,4 +1,4 @@
-"""How long it takes until experts can be used: put on a network in memory, loaded from a folder, folded in."""
+"""How long it takes until experts can be used: put on a network in memory, loaded from a folder, fused in."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from torch import nn
 from speed_cases import Case
 from speed_passes import Findings, Setting, build, moved_to
 from speed_timing import Stopwatch
-from speed_variants import BASE, FOLDED, FUSED, PEFT, ROUTE, Form
+from speed_variants import BASE, FUSED, FUSED_IN, PEFT, ROUTE, Form
 from speed_world import load
 from timestep_experts.formats import Bundle, save_bundle
 from timestep_experts.inference import attach, detach
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale
-from timestep_experts.mixture.folding import Folding
+from timestep_experts.mixture.fast.fusing import FusedExperts
 
-ATTACH, LOAD, EXCHANGE, STEP = "attach", "load", "fold in another expert", "one step"
+ATTACH, LOAD, EXCHANGE, STEP = "attach", "load", "fuse another expert in", "one step"
 Jobs = dict[tuple[str, str], tuple[Callable[[], object], Callable[[], object]]]
 """By what and by variant: what is timed, and what undoes it."""
 
@@ -71,7 +71,7 @@ def start(case: Case, setting: Setting, form: Form) -> Findings:
         seconds = _time_in_turn(jobs, stopwatch, rounds)
         few = min(rounds, MOST_LONG_ROUNDS)
         seconds |= _time_in_turn(_step(network, case, setting), stopwatch, few)
-        with _folded(network, spec, case) as job:
+        with _fused(network, spec, case) as job:
             seconds |= _time_in_turn(job, stopwatch, few)
         with _fused(pipeline, lora) as job:
             seconds |= _time_in_turn(job, stopwatch, few)
@@ -95,13 +95,16 @@ def _step(network: nn.Module, case: Case, setting: Setting) -> Jobs:
 
 
 @contextmanager
-def _folded(network: nn.Module, spec: MixtureSpec, case: Case) -> Iterator[Jobs]:
+def _fused(network: nn.Module, spec: MixtureSpec, case: Case) -> Iterator[Jobs]:
     """Fold in the experts of another interval."""
     mixture = Mixture.attach(network, spec, list(case.targets))
-    folding, owners = Folding(network, list(mixture.layers.values())), cycle([{"core": 0}, {"core": 1}])
-    folding.begin()
-    yield {(EXCHANGE, FOLDED): (lambda: folding.hold(next(owners)), lambda: None)}
-    folding.end()
+    fused, owners = (
+        FusedExperts(network, list(mixture.layers.values()), mixture.state),
+        cycle([{"core": 0}, {"core": 1}]),
+    )
+    fused.keep_weights()
+    yield {(EXCHANGE, FUSED_IN): (lambda: fused.hold(next(owners)), lambda: None)}
+    fused.close(network)
     mixture.detach()
 
 

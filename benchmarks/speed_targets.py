@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from speed_variants import BASE, FOLDED, PEFT, ROUTE, ROUTE_3, SWITCH, TRAINING
+from speed_variants import BASE, FUSED_IN, PEFT, ROUTE, ROUTE_3, SWITCH, TRAINING
 
 Row = Mapping[str, Any]
 
@@ -34,7 +34,7 @@ class Target:
         return f"{self.variant} <= {limit}{self.other}"
 
 
-TARGETS = (Target(SWITCH, 1), Target(ROUTE, 1), Target(ROUTE_3, 1.25), Target(FOLDED, 1.01, BASE))
+TARGETS = (Target(SWITCH, 1), Target(ROUTE, 1), Target(ROUTE_3, 1.25), Target(FUSED_IN, 1.01, BASE))
 
 
 def print_targets(console: Console, sections: Mapping[str, Sequence[Row]]) -> None:

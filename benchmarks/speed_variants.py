@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from timestep_experts.intervals import Partition
-from timestep_experts.mixture import Mixture, MixtureSpec, Scale, match_targets
+from timestep_experts.mixture import Mixture, MixtureSpec, Scale, fuse, match_targets
 
 Pass = Literal["inference, one t", "inference, mixed t", "training, mixed t"]
 ONE_T: Pass = "inference, one t"
@@ -27,7 +27,7 @@ PEFT = "PEFT LoRA"
 ADAPTERS = "PEFT adapters"
 FUSED = "PEFT fused"
 SWITCH = "switch"
-FOLDED = "switch, folded"
+FUSED_IN = "switch, fused"
 ROUTE = "route, 1 context"
 ROUTE_3 = "route, 3 contexts"
 
@@ -136,14 +136,14 @@ def make_route(model: nn.Module, targets: Sequence[str], form: Form, kind: Pass,
     return _variant_of(twin, mixture)
 
 
-def make_folded(model: nn.Module, targets: Sequence[str], form: Form, kind: Pass, ts: list[float]) -> Variant:  # noqa: ARG001
+def make_fused_in(model: nn.Module, targets: Sequence[str], form: Form, kind: Pass, ts: list[float]) -> Variant:  # noqa: ARG001
     """Switching with the expert of t added to the base's weights, anew where another takes over."""
     if kind != ONE_T:
         raise UnavailableError("weights hold the expert of one t")
     twin = twin_of(model, with_own=targets)
     mixture = _attach(twin, targets, replace(form, num_contexts=0))
     mixture.mode = "switch"
-    mixture.fold()  # keeps the base's weights beside those in use
+    fuse(mixture)  # keeps the base's weights beside those in use
     return Variant(twin, settles=True)
 
 
@@ -160,7 +160,7 @@ VARIANTS: dict[str, Maker] = {
     ADAPTERS: make_adapters,
     FUSED: make_fused,
     SWITCH: make_switch,
-    FOLDED: make_folded,
+    FUSED_IN: make_fused_in,
     ROUTE: _with_contexts(1),
     ROUTE_3: _with_contexts(3),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from timestep_experts.data import EncodedPictures
 from timestep_experts.intervals import Partition
-from timestep_experts.mixture import Mixture, MixtureSpec, Scale
+from timestep_experts.mixture import Mixture, MixtureSpec, PlainKernels, Scale
+from timestep_experts.mixture import mixture as attaching
+from timestep_experts.mixture.fast import FastKernels
 from timestep_experts.models import StableDiffusion
 
 settings.register_profile("laws", derandomize=True, deadline=None, max_examples=25, database=None)
@@ -75,9 +78,9 @@ def zero_routers(mixture: Mixture) -> Mixture:
     return mixture
 
 
-def scales(core: int, *contexts: int, rank: int = 4, alpha: float = 8, resting_gate: float = 0) -> tuple[Scale, ...]:
+def scales(core: int, *contexts: int, rank: int = 4, alpha: float = 8, base_gate: float = 0) -> tuple[Scale, ...]:
     """One ungated scale of ``core`` intervals and gated ones; a scale of n intervals is called ``n<n>``."""
-    gated = [Scale(f"n{n}", Partition.uniform(n), rank, alpha, gated=True, resting_gate=resting_gate) for n in contexts]
+    gated = [Scale(f"n{n}", Partition.uniform(n), rank, alpha, gated=True, base_gate=base_gate) for n in contexts]
     return (Scale(f"n{core}", Partition.uniform(core), rank, alpha), *gated)
 
 
@@ -124,6 +127,14 @@ def attach_to_layer(layer: nn.Module, spec: MixtureSpec, mode: str = "off") -> t
     mixture = randomise(Mixture.attach(net, spec, ["layer"]))
     mixture.mode = mode
     return net, mixture
+
+
+@pytest.fixture(scope="module", params=[PlainKernels, FastKernels], ids=["plain", "fast"])
+def either_kernels(request: pytest.FixtureRequest) -> Iterator[type]:
+    """The arithmetic of all mixtures that the tests of a module attach: each law holds over both."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attaching, "default_kernels", request.param)
+        yield request.param
 
 
 @st.composite

@@ -27,7 +27,7 @@ TARGETS = ("to_q", "conv1")
 SPEC = MixtureSpec(
     (
         Scale("fine", Partition((0, 125.5, 400, 1000)), rank=2, alpha=3),
-        Scale("coarse", Partition.uniform(1), rank=4, alpha=0.5, gated=True, resting_gate=1.0),
+        Scale("coarse", Partition.uniform(1), rank=4, alpha=0.5, gated=True, base_gate=1.0),
     ),
     router_input="t",
     router_knots=5,
@@ -73,7 +73,7 @@ def assert_equal(one: Bundle, other: Bundle) -> None:
     [
         SPEC,
         MixtureSpec(scales(8)),
-        MixtureSpec(scales(4, 2, 1, resting_gate=0.5), router_input="z"),
+        MixtureSpec(scales(4, 2, 1, base_gate=0.5), router_input="z"),
         MixtureSpec((Scale("a-b_1", Partition((0, 1 / 3, 1000)), 1, 1e-3),)),
     ],
     ids=["smooth", "core only", "two contexts", "odd numbers"],

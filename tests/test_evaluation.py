@@ -66,7 +66,7 @@ def test_a_bin_does_not_depend_on_the_others(family: StableDiffusion, pictures: 
 
 def test_silent_experts_meet_the_same_samples(family: StableDiffusion, pictures: EncodedPictures) -> None:
     base = loss_curve(family, pictures, SETTINGS)
-    mixture = Mixture.attach(family.denoiser, MixtureSpec(scales(4, 1, resting_gate=1)), TARGETS)
+    mixture = Mixture.attach(family.denoiser, MixtureSpec(scales(4, 1, base_gate=1)), TARGETS)
     for mode in ("off", "switch", "route"):
         mixture.mode = mode
         assert loss_curve(family, pictures, SETTINGS) == base
@@ -277,7 +277,7 @@ def test_pictures_of_one_domain_are_nearer_than_those_of_two() -> None:
 
 
 def attach(family: StableDiffusion, resting: float, **options: object) -> Mixture:
-    spec = MixtureSpec(scales(4, 2, 1, resting_gate=resting), **options)
+    spec = MixtureSpec(scales(4, 2, 1, base_gate=resting), **options)
     return Mixture.attach(family.denoiser, spec, TARGETS)
 
 
@@ -291,7 +291,7 @@ def test_constant_routers_give_constant_gates(
     gate: str, resting: float, family: StableDiffusion, pictures: EncodedPictures
 ) -> None:
     targets = ("to_q",) if gate == "token" else TARGETS
-    spec = MixtureSpec(scales(4, 2, 1, resting_gate=resting), gate=gate)
+    spec = MixtureSpec(scales(4, 2, 1, base_gate=resting), gate=gate)
     mixture = Mixture.attach(family.denoiser, spec, targets)
     for index, bias in enumerate(routers(mixture, "bias")):
         bias.copy_(torch.tensor([0.25, -0.5]) * (index + 1))

@@ -97,7 +97,7 @@ def test_attaching_loading_and_folding_are_timed_beside_loras(speed: SimpleNames
     found = run(speed, folder, "--sections", "start")["start"]
     said = {(row["pass"], row["variant"]) for row in found["rows"]}
     beside_a_lora = {(what, variant) for what in ("attach", "load") for variant in ("route, 1 context", "PEFT LoRA")}
-    exchanged = {("fold in another expert", variant) for variant in ("switch, folded", "PEFT fused")}
+    exchanged = {("fuse another expert in", variant) for variant in ("switch, fused", "PEFT fused")}
     assert said == beside_a_lora | exchanged | {("one step", "base")}
     for row in found["rows"]:
         low, high = row["quartiles"]
@@ -138,10 +138,10 @@ def test_the_gap_is_told_by_operator(speed: SimpleNamespace, folder: Path) -> No
             assert any(found[operator]["milliseconds"] > 0 for operator in own if operator in found)
             assert all(math.isfinite(row["share"]) for row in found.values())
     one_t = [r for r in rows if r["pass"] == speed.variants.ONE_T]
-    assert {r["variant"] for r in one_t} == {"PEFT LoRA", "switch", "switch, folded", "route, 1 context"}
-    folded = {r["operator"] for r in one_t if r["variant"] == "switch, folded"}
-    assert "Python, between operators" in folded
-    assert "aten::baddbmm_" not in folded  # no product beside the layer's own
+    assert {r["variant"] for r in one_t} == {"PEFT LoRA", "switch", "switch, fused", "route, 1 context"}
+    fused = {r["operator"] for r in one_t if r["variant"] == "switch, fused"}
+    assert "Python, between operators" in fused
+    assert "aten::baddbmm_" not in fused  # no product beside the layer's own
 
 
 def test_weights_beside_the_base_are_those_of_the_adapters(speed: SimpleNamespace) -> None:

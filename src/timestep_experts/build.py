@@ -284,7 +284,7 @@ def build_mixture(recipe: Recipe, family: Family) -> Mixture:
     """
     spec = build_spec(recipe.experts, family.noise.num_train_timesteps)
     if recipe.distill is None and recipe.foster.method == "joint":
-        spec = spec.with_resting_gates(1.0)
+        spec = spec.with_base_gates(1.0)
     networks, targets = build_targets(recipe.experts, family.denoisers, family.text_encoders)
     mixture = Mixture.attach(
         networks,

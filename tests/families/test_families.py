@@ -45,7 +45,7 @@ CPU = torch.device("cpu")
 PROMPTS = ["a red star", "a blue plain cross"]
 CAPTIONS = [*PROMPTS, "", "  A Dark STAR ", "a cross in the dark " * 200]
 MIXED_T = torch.tensor([0, 130, 499, 500, 999])
-SPEC = MixtureSpec(scales(4, 2, 1, resting_gate=0.5))
+SPEC = MixtureSpec(scales(4, 2, 1, base_gate=0.5))
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TARGETS = {
     "sd": (*ATTENTION, "conv1", "time_emb_proj"),
@@ -435,7 +435,7 @@ def test_each_step_calls_the_expert_that_owns_its_timestep(mode: str, name: str)
     seen: list[tuple[Tensor, Tensor]] = []
 
     def note(layer: Any, *_: object) -> None:
-        seen.append((layer.binding.routing.t.clone(), layer.binding.routing.owners["n4"].clone()))
+        seen.append((layer.state.step.t.clone(), layer.state.step.expert_index["n4"].clone()))
 
     next(iter(mixture.layers.values())).register_forward_hook(note)
     draw(pipeline, num_inference_steps=8)

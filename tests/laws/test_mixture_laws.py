@@ -31,9 +31,12 @@ from conftest import (
 )
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import MODES, Mixture, MixtureLayer, MixtureSpec, Scale, asymmetric, match_targets
-from timestep_experts.mixture.fused import MAX_FUSED_RANK
+from timestep_experts.mixture.fast.products import MAX_TERMS
 
-SETS = {"8|1": scales(8, 1), "4|8": scales(4, 8), "8|4,1": scales(8, 4, 1), "8|1 rest 1": scales(8, 1, resting_gate=1)}
+pytestmark = pytest.mark.usefixtures("either_kernels")
+
+
+SETS = {"8|1": scales(8, 1), "4|8": scales(4, 8), "8|4,1": scales(8, 4, 1), "8|1 rest 1": scales(8, 1, base_gate=1)}
 SAME_SIZE_TARGETS = [target for target in TARGETS if target != "downsamplers.0.conv"]
 MIXED_T = torch.tensor([3.0, 510.5, 999.0])
 
@@ -173,12 +176,12 @@ def test_mode_off_changes_no_bit_with_any_experts(unet):
 
 
 @pytest.mark.parametrize("options", [{}, {"gate": "token"}, {"router_knots": 9}, {"router_input": "t"}], ids=str)
-@pytest.mark.parametrize("resting_gate", [0, 1])
+@pytest.mark.parametrize("base_gate", [0, 1])
 @pytest.mark.parametrize("numbers", [(8, 1), (4, 8), (8, 4, 1)], ids=str)
-def test_zero_router_routes_like_switching(unet, numbers, resting_gate, options):
+def test_zero_router_routes_like_switching(unet, numbers, base_gate, options):
     base = predict(unet, MIXED_T)
     targets = SAME_SIZE_TARGETS if "gate" in options else TARGETS
-    spec = MixtureSpec(scales(*numbers, resting_gate=resting_gate), **options)
+    spec = MixtureSpec(scales(*numbers, base_gate=base_gate), **options)
     mixture = zero_routers(randomise(Mixture.attach(unet, spec, targets)))
     mixture.mode = "switch"
     switched = predict(unet, MIXED_T)
@@ -191,14 +194,14 @@ def test_zero_router_routes_like_switching(unet, numbers, resting_gate, options)
     assert max_error(predict(unet, 640), routed) <= 2e-6
 
 
-def test_resting_gate_decides_whether_contexts_are_switched_in():
+def test_base_gate_decides_whether_contexts_are_switched_in():
     outputs = {}
-    for resting_gate in (0, 1):
+    for base_gate in (0, 1):
         unet = tiny_unet()
-        mixture = equipped(unet, scales(8, 1, resting_gate=resting_gate), mode="switch")
-        outputs[resting_gate] = predict(unet, MIXED_T)
-        mixture.foster(*["n8", "n1"][: 1 + resting_gate])
-        assert torch.equal(predict(unet, MIXED_T), outputs[resting_gate])
+        mixture = equipped(unet, scales(8, 1, base_gate=base_gate), mode="switch")
+        outputs[base_gate] = predict(unet, MIXED_T)
+        mixture.foster(*["n8", "n1"][: 1 + base_gate])
+        assert torch.equal(predict(unet, MIXED_T), outputs[base_gate])
     assert max_error(outputs[0], outputs[1]) > 1e-3
 
 
@@ -429,7 +432,7 @@ def explicit_gates(router, z, t, spec):
 @pytest.mark.parametrize("kind", ROUTED_LAYERS)
 def test_route_is_base_plus_core_plus_gated_contexts(kind, router_input, gate, knots):
     make, shape = ROUTED_LAYERS[kind]
-    spec = MixtureSpec(scales(8, 4, 1, resting_gate=0.5), router_input, gate, knots)
+    spec = MixtureSpec(scales(8, 4, 1, base_gate=0.5), router_input, gate, knots)
     net, mixture = attach_to_layer(make(), spec, "route")
     layer = mixture.layers["layer"]
     assert (layer.router.F is None) == (router_input == "t")
@@ -519,7 +522,7 @@ def test_strata_cross_no_boundary_of_any_scale():
 
 @pytest.mark.parametrize("shrinking", [{"stride": 2, "padding": 1}, {"padding": 0}], ids=str)
 def test_token_gates_are_refused_where_a_convolution_changes_the_number_of_positions(shrinking):
-    spec = MixtureSpec(scales(8, 1, resting_gate=1), gate="token")
+    spec = MixtureSpec(scales(8, 1, base_gate=1), gate="token")
     with pytest.raises(ValueError, match=r"layer: a gate per position needs a layer that keeps positions"):
         attach_to_layer(nn.Conv2d(6, 4, 3, **shrinking), spec)
 
@@ -797,7 +800,7 @@ def test_compiled_unet_is_not_recompiled_as_t_changes(unet, form):
 
 @pytest.mark.parametrize("mode", ["switch", "route"])
 def test_a_schedule_is_compiled_at_its_first_step_with_one_break_at_most(unet, mode):
-    mixture = randomise(Mixture.attach(unet, MixtureSpec(scales(8, 4, 1, resting_gate=0.5)), ["to_q", "to_k", "conv1"]))
+    mixture = randomise(Mixture.attach(unet, MixtureSpec(scales(8, 4, 1, base_gate=0.5)), ["to_q", "to_k", "conv1"]))
     mixture.mode = mode
     graphs, later, breaks = count_graphs(unet)
     assert (1 <= graphs <= 2, later, breaks <= 1) == (True, 0, True)  # the hook is a graph of its own
@@ -819,7 +822,7 @@ def test_compiled_layer_is_not_recompiled_as_t_changes(spread):
 def test_what_is_written_for_compilers_says_the_same(kind, is_shared, monkeypatch):
     make, shape = ROUTED_LAYERS[kind]
     net, _ = attach_to_layer(make(), MixtureSpec(scales(8, 4, rank=2)), "route")
-    assert MAX_FUSED_RANK >= 4  # two scales of rank 2: products are written term by term
+    assert MAX_TERMS >= 4  # two scales of rank 2: products are written term by term
     t = torch.tensor(437.0) if is_shared else torch.tensor([0.75, 437.25, 1000.0])
     found = []
     for is_compiling in (False, True):

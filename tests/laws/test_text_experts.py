@@ -24,6 +24,9 @@ from timestep_experts.models import StableDiffusion
 from timestep_experts.training import FosterSettings, LoopSettings, OptimiserSettings, foster
 from timestep_experts.training.loop import run_stage
 
+pytestmark = pytest.mark.usefixtures("either_kernels")
+
+
 SPEC = MixtureSpec(scales(4, 1))
 TARGETS = {"unet": ("to_q", "conv1"), "text_encoder": ("q_proj", "v_proj")}
 PROMPTS = ["a red star", "a blue plain cross"]

@@ -14,6 +14,9 @@ from timestep_experts.mixture import Mixture, MixtureSpec, Scale
 from timestep_experts.models import Wan
 from timestep_experts.training import FosterSettings, foster
 
+pytestmark = pytest.mark.usefixtures("either_kernels")
+
+
 BOUNDARY = 875  # of the tiny pipeline: a boundary of the eighths, but not of the quarters
 SPEC = MixtureSpec((Scale("n8", Partition.uniform(8), 2, 2), Scale("n4", Partition.uniform(4), 2, 2, gated=True)))
 TARGETS = ("to_q", "to_v")

@@ -37,7 +37,7 @@ Drawer = Callable[[StableDiffusionPipeline], NDArray[np.float32]]
 def make_bundle(*, speaking: bool = True, spec: MixtureSpec | None = None) -> Bundle:
     """Random experts and routers for the tiny pipeline; silent ones have B = 0."""
     unet = tiny_pipeline().unet
-    mixture = randomise(Mixture.attach(unet, spec or MixtureSpec(scales(4, 2, 1, resting_gate=0.5)), TARGETS))
+    mixture = randomise(Mixture.attach(unet, spec or MixtureSpec(scales(4, 2, 1, base_gate=0.5)), TARGETS))
     tensors = {key: value.clone() for key, value in mixture.state_dict().items()}
     if not speaking:
         tensors = {key: torch.zeros_like(value) if key.endswith(".B") else value for key, value in tensors.items()}
@@ -227,7 +227,7 @@ def test_each_step_calls_the_expert_that_owns_its_timestep(scheduler: str, pipel
         owners: dict[str, list[list[int]]] = {name: [] for name in mixture.layers}
 
         def note(layer: Any, *_: object) -> None:
-            owners[layer.name].append(layer.binding.routing.owners["n4"].tolist())
+            owners[layer.name].append(layer.state.step.expert_index["n4"].tolist())
 
         handles = [layer.register_forward_hook(note) for layer in mixture.layers.values()]
         draw(pipeline, num_inference_steps=8)

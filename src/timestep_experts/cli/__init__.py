@@ -244,7 +244,7 @@ def show(bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")]) -> 
     from timestep_experts.formats import load_bundle
 
     loaded = load_bundle(bundle)
-    table = Table("scale", "role", "resting gate", "rank", "alpha", "experts", "intervals", title=escaped(bundle))
+    table = Table("scale", "role", "base gate", "rank", "alpha", "experts", "intervals", title=escaped(bundle))
     for scale in loaded.spec.scales:
         role = "context (gated)" if scale.gated else "core"
         count = str(len(scale.partition))

@@ -14,7 +14,7 @@ from timestep_experts.models import Family
 
 @dataclass(frozen=True)
 class GateMap:
-    """Gates of one context scale, resting value included.
+    """Gates of one context scale, base gate included.
 
     Args:
         scale: its name.

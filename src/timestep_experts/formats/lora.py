@@ -14,7 +14,7 @@ from timestep_experts.formats.bundle import Bundle
 from timestep_experts.intervals import Partition
 from timestep_experts.merging import LowRank
 from timestep_experts.mixture import MixtureSpec, Scale
-from timestep_experts.mixture.lowrank import LayerGeometry
+from timestep_experts.mixture.geometry import LayerGeometry
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name that ``load_lora_weights`` of diffusers looks for in a folder."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from timestep_experts.formats import Bundle, load_bundle
 from timestep_experts.inference.reencode import DENOISERS, Reencoder, TextExperts, reencode
-from timestep_experts.mixture import Mixture, MixtureLayer, Mode
+from timestep_experts.mixture import Mixture, MixtureLayer, Mode, fuse
 from timestep_experts.models import owned_intervals, timestep_scale_of
 
 
@@ -33,7 +33,7 @@ def attach(
         mode: ``switch`` or ``route`` (or ``off``); ``None`` takes the bundle's own.
         text_experts: how often prompts are encoded anew where text encoders carry experts: ``step``, ``interval`` or
             ``off``; ``None`` is ``step`` when routing and ``interval`` when switching. See `Reencoder`.
-        folded: switch at the base's own cost, for a copy of the weights that carry experts: see `Mixture.fold`.
+        folded: switch at the base's own cost, for a copy of the weights that carry experts: see `mixture.fuse`.
 
     Returns:
         The mixture: set its ``mode`` at any time; `detach` gives the pipeline back as it was.
@@ -66,7 +66,7 @@ def attach(
     _make_ready(mixture)
     if folded:
         try:
-            mixture.fold()
+            fuse(mixture)
         except ValueError:
             detach(pipeline)
             raise

@@ -22,7 +22,7 @@ from timestep_experts.jobs.inputs import MergeInput, check_descent, finite_tenso
 from timestep_experts.jobs.lora import LORA_DTYPES, RECORD, LoraSettings, check_folder_to_make
 from timestep_experts.jobs.merge import check_fit
 from timestep_experts.merging import Truncated, task_vector, truncate_matrix
-from timestep_experts.mixture.lowrank import LayerGeometry
+from timestep_experts.mixture.geometry import LayerGeometry
 from timestep_experts.models import read_network, read_outline
 
 

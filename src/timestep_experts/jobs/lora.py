@@ -26,7 +26,7 @@ from timestep_experts.intervals import Interval
 from timestep_experts.jobs.search import Search, search_weights, write_search
 from timestep_experts.jobs.search_methods import SearchSettings
 from timestep_experts.merging import LowRank, Truncated, Weights, truncate, weighted_sum
-from timestep_experts.mixture.lowrank import LayerGeometry
+from timestep_experts.mixture.geometry import LayerGeometry
 from timestep_experts.models.outline import read_outline
 
 LORA_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -1,90 +1,132 @@
-"""What a denoiser's calls tell its experts: the hook that reads the timestep, and checkpoints that remember it."""
+"""How the layers learn the timestep of a call: a hook on the denoiser reads it, and checkpoints remember it."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from timestep_experts.mixture.folding import Folding
-from timestep_experts.mixture.layer import Binding
+from timestep_experts.mixture.state import MixtureState, Mode, StepContext
 
 
-@dataclass
-class TimestepReader:
-    """The hook on the denoiser: reads the timestep of a call, spreads it over the batch, binds it.
+class NetworkHook(ABC):
+    """Something that a mixture does before every call of a network."""
+
+    @abstractmethod
+    def before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Called before the network's ``forward``."""
+
+    def check_mode(self, mode: Mode) -> None:  # noqa: B027 - most hooks allow all modes
+        """Called before the mode changes.
+
+        Raises:
+            ValueError: this hook does not allow the mode.
+        """
+
+    def close(self, network: nn.Module) -> None:  # noqa: B027 - most hooks leave nothing behind
+        """Undo what this hook has changed in the network; called when it is removed."""
+
+
+def add_hook(network: nn.Module, hook: NetworkHook) -> None:
+    """Call a hook before every later call of the network, after the hooks that are there."""
+    network.register_forward_pre_hook(hook.before_call, with_kwargs=True)
+
+
+def hooks_of(network: nn.Module) -> Iterator[NetworkHook]:
+    """The hooks that mixtures have put on a network."""
+    owners = (getattr(function, "__self__", None) for function in list(network._forward_pre_hooks.values()))
+    return (owner for owner in owners if isinstance(owner, NetworkHook))
+
+
+def remove_hook(network: nn.Module, hook: NetworkHook) -> None:
+    """Close a hook and call it no more."""
+    hook.close(network)
+    for key, function in list(network._forward_pre_hooks.items()):
+        if getattr(function, "__self__", None) is hook:
+            del network._forward_pre_hooks[key]
+            network._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+@dataclass(eq=False)
+class TimestepReader(NetworkHook):
+    """Reads the timestep of a call of the denoiser and makes it the mixture's running step.
 
     Args:
-        binding: of the mixture.
+        state: of the mixture.
         first: the name of ``forward``'s first parameter, the batch.
         position: of the timestep among the parameters; ``None`` for a network that takes none.
         argument: the timestep's name.
         scale: t is this times what the denoiser receives.
-        folding: of this network's layers, if they are folded.
     """
 
-    binding: Binding
+    state: MixtureState
     first: str
     position: int | None
     argument: str
     scale: float
-    folding: Folding | None = None
 
     @classmethod
-    def of(cls, network: nn.Module, binding: Binding, argument: str, scale: float) -> TimestepReader:
-        """For a network whose ``forward`` takes the timestep by that name, or takes none."""
+    def of(cls, network: nn.Module, state: MixtureState, argument: str, scale: float) -> TimestepReader:
+        """Make the hook for a network whose ``forward`` takes the timestep by that name, or takes none."""
         names = list(inspect.signature(network.forward).parameters)
-        return cls(binding, names[0], names.index(argument) if argument in names else None, argument, scale)
+        return cls(state, names[0], names.index(argument) if argument in names else None, argument, scale)
 
-    def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Bind the timestep of a call; called before the network's ``forward``."""
-        if self.binding.mode == "off":
-            if self.folding is not None:
-                self.folding.hold({})
+    def before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Set the running step. A text encoder takes no timestep, so it has none but the one that a caller bound."""
+        if self.state.mode == "off":
             return
         if self.position is not None:
             sample = args[0] if args else kwargs[self.first]
             t = kwargs[self.argument] if self.argument in kwargs else args[self.position]
-            t = t if isinstance(t, Tensor) else torch.tensor([t])  # as_tensor would recompile at every new number
-            t = t[:1] if t.dim() and t.stride(0) == 0 else t  # one for all samples, which a pipeline has expanded
-            t = t.flatten(1).amax(1) if t.dim() > 1 else t  # one per token: those of a given frame are not noisy
-            t = t.to(sample.device).reshape(-1).float()
-            t = t if self.scale == 1 else t * self.scale
-            self.binding.route_to(t, sample.shape[0])
-            if self.folding is not None:
-                self.folding.follow(self.binding)
-        elif not self.binding.is_bound:
-            self.binding.routing = None  # the denoiser's latest timestep is not that of a text
+            self.state.step = StepContext.of(self._read(t, sample.device), self.state.spec, sample.shape[0])
+        elif not self.state.is_bound:
+            self.state.step = None  # the denoiser's latest timestep is not that of a text
         if torch.is_grad_enabled():
-            self._keep_routing_through_checkpoints(module)
+            self._keep_step_through_checkpoints(module)
 
-    def _keep_routing_through_checkpoints(self, module: nn.Module) -> None:
+    def _read(self, timestep: Any, device: torch.device) -> Tensor:
+        """The timesteps ``(B,)``, or ``(1,)`` where one is given for all samples; fp32."""
+        t = timestep if isinstance(timestep, Tensor) else torch.tensor([timestep])  # as_tensor: new graph per number
+        t = t[:1] if t.dim() and t.stride(0) == 0 else t  # a pipeline has expanded one for all samples
+        t = t.flatten(1).amax(1) if t.dim() > 1 else t  # one per token: tokens of a given frame are not noisy
+        t = t.to(device).reshape(-1).float()
+        return t if self.scale == 1 else t * self.scale
+
+    def _keep_step_through_checkpoints(self, module: nn.Module) -> None:
         for child in module.modules():
             function = getattr(child, "_gradient_checkpointing_func", None)
-            if function is not None and not isinstance(function, RoutedCheckpoint):
-                child._gradient_checkpointing_func = RoutedCheckpoint(self.binding, function)  # type: ignore[assignment]
+            if function is not None and not isinstance(function, StepCheckpoint):
+                child._gradient_checkpointing_func = StepCheckpoint(self.state, function)  # type: ignore[assignment]
+
+    def close(self, network: nn.Module) -> None:
+        """Give modules their own checkpoint functions back."""
+        for module in network.modules():
+            function = getattr(module, "_gradient_checkpointing_func", None)
+            if isinstance(function, StepCheckpoint):
+                module._gradient_checkpointing_func = function.function  # type: ignore[assignment]
 
 
 @dataclass
-class RoutedCheckpoint:
+class StepCheckpoint:
     """A checkpoint function whose recomputation sees the timesteps of its own forward pass, not of the latest one."""
 
-    binding: Binding
+    state: MixtureState
     function: Callable[..., Any]
 
     def __call__(self, run: Callable[..., Any], *args: Any) -> Any:
         """Checkpoint ``run(*args)``."""
-        routing = self.binding.routing
+        step = self.state.step
 
-        def run_as_routed(*inputs: Any) -> Any:
-            latest, self.binding.routing = self.binding.routing, routing
+        def run_at_its_step(*inputs: Any) -> Any:
+            latest, self.state.step = self.state.step, step
             try:
                 return run(*inputs)
             finally:
-                self.binding.routing = latest
+                self.state.step = latest
 
-        return self.function(run_as_routed, *args)
+        return self.function(run_at_its_step, *args)

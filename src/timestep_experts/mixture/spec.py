@@ -1,4 +1,4 @@
-"""What a mixture consists of, as plain values: scales, their roles, and the router's form."""
+"""What a mixture consists of, as plain values: scales, their roles, and the form of the routers."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ class Scale:
     """One set of experts: a partition of the timesteps with one low-rank expert per interval.
 
     Args:
-        name: unique in its mixture; part of every tensor name, so letters, digits, ``_`` and ``-`` only.
+        name: unique in its mixture. It becomes part of every tensor's name, so it may have letters, digits, ``_`` and
+            ``-`` only.
         partition: which expert owns which t.
         rank: r of every expert.
-        alpha: the update is scaled by alpha / r.
-        gated: a context scale, multiplied by ``resting_gate + G(z, t)`` when routing; otherwise a core scale (gate 1).
-        resting_gate: a gated scale's gate where no router speaks: 0 leaves it out of switching (experts fostered
-            independently), 1 keeps it in (experts fostered jointly, which only fit each other together).
+        alpha: the update is multiplied by alpha / r.
+        gated: whether this is a context scale, whose gate is ``base_gate + G(z, t)`` when routing. A core scale is not
+            gated; its gate is 1.
+        base_gate: the gate of a context scale where no router takes part. 0 leaves the scale out of switching, as suits
+            experts that were fostered independently. 1 keeps it in, as experts need that were fostered jointly and fit
+            only each other.
+
+    Raises:
+        ValueError: the name has other characters, or the rank is below 1.
     """
 
     name: str
@@ -29,7 +35,7 @@ class Scale:
     rank: int
     alpha: float
     gated: bool = False
-    resting_gate: float = 0.0
+    base_gate: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.replace("_", "").replace("-", "").isalnum():
@@ -39,13 +45,13 @@ class Scale:
 
     @property
     def scaling(self) -> float:
-        """Alpha / r, by which every update is multiplied."""
+        """The factor alpha / r of every update."""
         return self.alpha / self.rank
 
     @property
     def constant_gate(self) -> float:
-        """The gate where no router speaks."""
-        return self.resting_gate if self.gated else 1.0
+        """The gate where no router takes part."""
+        return self.base_gate if self.gated else 1.0
 
 
 @dataclass(frozen=True)
@@ -55,12 +61,12 @@ class MixtureSpec:
     Args:
         scales: at least one; all partitions share T.
         router_input: what gates depend on.
-        gate: one per sample, or per position ("token").
-        router_knots: ``None`` for the paper's table over every timestep, or the knots of a smooth one.
+        gate: one per sample, or one per position ("token").
+        router_knots: ``None`` for the paper's table over every timestep, or the number of knots of a smooth one.
         dropout: on the experts' input while training, in [0, 1).
 
     Raises:
-        ValueError: no scale, a repeated name, partitions of different T, a dropout outside [0, 1).
+        ValueError: there is no scale, a name is repeated, partitions differ in T, or the dropout lies outside [0, 1).
     """
 
     scales: tuple[Scale, ...]
@@ -93,22 +99,22 @@ class MixtureSpec:
         return tuple(scale for scale in self.scales if scale.gated)
 
     def scale(self, name: str) -> Scale:
-        """The scale of that name.
+        """Find a scale by its name.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none of that name.
         """
         for scale in self.scales:
             if scale.name == name:
                 return scale
         raise ValueError(f"no scale {name!r} in this mixture: it has {', '.join(s.name for s in self.scales)}")
 
-    def with_resting_gates(self, gate: float) -> MixtureSpec:
-        """The same mixture with another resting gate on every context scale."""
-        return replace(self, scales=tuple(replace(s, resting_gate=gate) if s.gated else s for s in self.scales))
+    def with_base_gates(self, gate: float) -> MixtureSpec:
+        """The same mixture with another base gate on every context scale."""
+        return replace(self, scales=tuple(replace(s, base_gate=gate) if s.gated else s for s in self.scales))
 
 
 def asymmetric(scales: Sequence[Scale]) -> tuple[Scale, ...]:
-    """Give the roles of TSM: the scale with the smallest interval is the core, all others are gated contexts."""
+    """Give scales their roles in TSM: the one with the smallest interval is the core, all others are gated contexts."""
     finest = max(scales, key=lambda scale: len(scale.partition))
     return tuple(replace(scale, gated=scale is not finest) for scale in scales)

@@ -9,8 +9,8 @@ from typing import TypeAlias
 
 from torch import nn
 
+from timestep_experts.mixture.geometry import LayerGeometry
 from timestep_experts.mixture.layer import MixtureLayer
-from timestep_experts.mixture.lowrank import LayerGeometry
 
 Networks: TypeAlias = nn.Module | Mapping[str, nn.Module]
 """One network, or several by name: a denoiser and its text encoders, or two denoisers that share out the timesteps."""

@@ -8,16 +8,17 @@ from torch import Tensor, nn
 
 from conftest import attach_to_layer, max_error, normal, scales
 from timestep_experts.mixture import MixtureSpec
-from timestep_experts.mixture.fused import JointReading, read_input
-from timestep_experts.mixture.lowrank import LayerGeometry
-from timestep_experts.mixture.router import Averages
+from timestep_experts.mixture.fast import FastKernels
+from timestep_experts.mixture.fast.down_project import DownProjectAndPool
+from timestep_experts.mixture.geometry import LayerGeometry
+from timestep_experts.mixture.kernels import Experts
 
 SHAPES = {"rows": ((3, 5, 6), False), "more axes": ((3, 2, 4, 6), False), "planes": ((3, 6, 2, 4), True)}
 
 
 def read(x: Tensor, down: Tensor, channels_first: bool, wants_average: bool) -> tuple[Tensor, ...]:
     value = average_of(x, channels_first).detach() if wants_average else None
-    hidden, average = JointReading.apply(x, down, value, channels_first)
+    hidden, average = DownProjectAndPool.apply(x, down, value, channels_first)
     return (hidden, average) if wants_average else (hidden,)
 
 
@@ -104,10 +105,10 @@ def test_both_forms_agree_inside_a_layer(kernel, monkeypatch):
     net, _ = attach_to_layer(layer, MixtureSpec(scales(8, 4, 1)), "route")
     x = normal(3, *((6, 4, 4) if kernel else (7, 6)))
     calls = []
-    joint = JointReading.apply
+    joint = DownProjectAndPool.apply
     found = []
     for is_joint in (True, False):
-        monkeypatch.setattr(JointReading, "apply", lambda *args: calls.append(1) or joint(*args))
+        monkeypatch.setattr(DownProjectAndPool, "apply", lambda *args: calls.append(1) or joint(*args))
         if not is_joint:
             monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         net.zero_grad()
@@ -122,7 +123,7 @@ def test_both_forms_agree_inside_a_layer(kernel, monkeypatch):
 def test_autocast_reads_in_half_precision_and_averages_in_full():
     x, down = normal(3, 5, 6).requires_grad_(), normal(3, 2, 6, seed=1).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        hidden, average = read_input(x, down, LayerGeometry(6, 5), Averages())
+        (hidden,), average = FastKernels().read(x, x, Experts([down], []), LayerGeometry(6, 5))
     assert hidden.dtype == torch.bfloat16
     assert average.dtype == torch.float32
     assert torch.equal(average, x.mean(1))

@@ -11,21 +11,23 @@ import pytest
 import torch
 
 from conftest import TARGETS, max_error, normal, randomise, scales, tiny_unet, unet_inputs
-from timestep_experts.mixture import Mixture, MixtureSpec, router
-from timestep_experts.mixture.router import Averages
+from timestep_experts.mixture import Mixture, MixtureSpec
+from timestep_experts.mixture.fast import pooled
+from timestep_experts.mixture.fast.pooled import PooledInputs
+from timestep_experts.mixture.plain import mean_pool
 
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Shapes of all inputs that are averaged from here on."""
     shapes: list[torch.Size] = []
-    average = router.average_positions
+    average = pooled.mean_pool
 
-    def count(x, channels_first):
+    def count(x, is_convolution):
         shapes.append(x.shape)
-        return average(x, channels_first=channels_first)
+        return average(x, is_convolution)
 
-    monkeypatch.setattr(router, "average_positions", count)
+    monkeypatch.setattr(pooled, "mean_pool", count)
     return shapes
 
 
@@ -36,7 +38,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 def test_averages_are_over_positions_in_fp32(shape, channels_first, dtype):
     x = normal(*shape).to(dtype)
     middle = tuple(range(2, len(shape))) if channels_first else tuple(range(1, len(shape) - 1))
-    averaged = Averages().of(x, channels_first=channels_first)
+    averaged = PooledInputs().of(x, is_convolution=channels_first)
     assert averaged.dtype == torch.float32
     assert averaged.shape == (2, 6)
     expected = x.float().mean(middle) if middle else x.float()
@@ -87,7 +89,7 @@ def test_nothing_is_said_that_would_not_be_said_without_sharing(has_gradients, m
 
     with torch.set_grad_enabled(has_gradients):
         shared = answers()
-        monkeypatch.setattr(Averages, "of", lambda _, x, **how: router.average_positions(x, **how))
+        monkeypatch.setattr(PooledInputs, "of", lambda _, x, is_convolution: mean_pool(x, is_convolution))
         alone = answers()
     assert len(shared) == len(alone)
     # fp32: gradients of one shared average are summed before they reach the input, not after
@@ -97,34 +99,34 @@ def test_nothing_is_said_that_would_not_be_said_without_sharing(has_gradients, m
 
 
 def test_what_is_overwritten_is_averaged_anew():
-    averages, x = Averages(), normal(2, 5, 6)
-    before = averages.of(x, channels_first=False)
+    averages, x = PooledInputs(), normal(2, 5, 6)
+    before = averages.of(x, is_convolution=False)
     x.mul_(2)
-    assert torch.equal(averages.of(x, channels_first=False), before * 2)
+    assert torch.equal(averages.of(x, is_convolution=False), before * 2)
     with torch.inference_mode():
         seen = normal(2, 5, 6)
-        before = averages.of(seen, channels_first=False)
+        before = averages.of(seen, is_convolution=False)
         seen.mul_(2)
-        assert torch.equal(averages.of(seen, channels_first=False), before * 2)
+        assert torch.equal(averages.of(seen, is_convolution=False), before * 2)
 
 
 def test_one_tensor_may_be_read_by_a_linear_layer_and_by_a_convolution():
-    averages, x = Averages(), normal(2, 6, 6, 6)
+    averages, x = PooledInputs(), normal(2, 6, 6, 6)
     for channels_first, middle in ((False, (1, 2)), (True, (2, 3)), (False, (1, 2))):
-        assert max_error(averages.of(x, channels_first=channels_first), x.mean(middle)) <= 1e-6
+        assert max_error(averages.of(x, is_convolution=channels_first), x.mean(middle)) <= 1e-6
 
 
 def test_an_average_without_gradients_serves_no_call_with_them():
-    averages, x = Averages(), normal(2, 5, 6).requires_grad_()
+    averages, x = PooledInputs(), normal(2, 5, 6).requires_grad_()
     with torch.no_grad():
-        averages.of(x, channels_first=False)
-    averages.of(x, channels_first=False).sum().backward()
+        averages.of(x, is_convolution=False)
+    averages.of(x, is_convolution=False).sum().backward()
     assert max_error(x.grad, torch.full_like(x, 1 / 5)) <= 1e-7
 
 
 def test_inputs_are_not_kept_alive():
-    averages, x = Averages(), normal(2, 5, 6)
-    averages.of(x, channels_first=False)
+    averages, x = PooledInputs(), normal(2, 5, 6)
+    averages.of(x, is_convolution=False)
     alive = weakref.ref(x)
     del x
     gc.collect()
@@ -157,5 +159,5 @@ def test_a_copy_shares_no_averages(duplicate):
         expected = unet(latents, 640, text).sample
         other = duplicate(unet)
         assert torch.equal(other(latents, 640, text).sample, expected)
-    bindings = [next(m for m in network.modules() if hasattr(m, "binding")).binding for network in (unet, other)]
-    assert bindings[0].averages is not bindings[1].averages
+    states = [next(m for m in network.modules() if hasattr(m, "state")).state for network in (unet, other)]
+    assert states[0].kernels.pooled is not states[1].kernels.pooled

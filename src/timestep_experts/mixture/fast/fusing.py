@@ -1,0 +1,229 @@
+"""Experts fused into the base weights, so that switching costs what the base costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from timestep_experts.mixture.experts import ExpertStack
+from timestep_experts.mixture.hooks import NetworkHook, TimestepReader, add_hook, hooks_of, remove_hook
+from timestep_experts.mixture.layer import MixtureLayer
+from timestep_experts.mixture.mixture import Mixture
+from timestep_experts.mixture.state import MixtureState, Mode, StepContext
+
+_CARRIERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def fuse(mixture: Mixture) -> None:
+    """Switch at the base's own cost: the experts of a call's timesteps stand in the denoisers' weights.
+
+    ``W = W0 + sum_j gate_j * (alpha_j / r_j) * B_j A_j``  (TSM, eq. 5, with constant gates). The weights are exchanged
+    before a call whose timesteps other experts own, for which the host reads the timesteps. A batch whose samples have
+    different owners is computed from W0, with the experts beside it.
+
+    W0 is kept, which takes as much memory again, on the same device, as the weights that carry experts. While experts
+    are fused, a network's own ``state_dict`` holds W and not W0, and its calls are made without gradients. Networks
+    that take no timestep (text encoders) stay as they are. If the experts are fused already, nothing happens.
+
+    Raises:
+        ValueError: the mode is not ``switch``, no network takes a timestep, or experts cannot be added to a weight
+            (because it is quantised, or offloaded layer by layer); nothing is fused then.
+    """
+    if mixture.mode != "switch":
+        raise ValueError(f"only experts that are switched can be fused into the weights; the mode is {mixture.mode!r}")
+    names = [name for name, network in mixture.networks.items() if _takes_timestep(network)]
+    if not names:
+        raise ValueError("no network of this mixture takes a timestep, by which fused experts would be exchanged")
+    if is_fused(mixture):
+        return
+    made = {name: FusedExperts(mixture.networks[name], mixture.layers_of(name), mixture.state) for name in names}
+    for name, fused in made.items():
+        fused.keep_weights()
+        add_hook(mixture.networks[name], fused)
+
+
+def unfuse(mixture: Mixture) -> None:
+    """Undo `fuse`: the weights are what they were, to the byte, and their copies are dropped."""
+    for network in mixture.networks.values():
+        for hook in list(hooks_of(network)):
+            if isinstance(hook, FusedExperts):
+                remove_hook(network, hook)
+
+
+def is_fused(mixture: Mixture) -> bool:
+    """Whether `fuse` is in force."""
+    return any(isinstance(hook, FusedExperts) for network in mixture.networks.values() for hook in hooks_of(network))
+
+
+def holds_experts(layer: MixtureLayer) -> bool:
+    """Whether experts stand in the weight of a layer at this moment."""
+    return "forward" in vars(layer)
+
+
+def _takes_timestep(network: nn.Module) -> bool:
+    readers = (hook for hook in hooks_of(network) if isinstance(hook, TimestepReader))
+    return any(reader.position is not None for reader in readers)
+
+
+@dataclass(frozen=True)
+class FusedStep(StepContext):
+    """A running forward pass whose experts stand in the weights."""
+
+
+class FusedExperts(NetworkHook):
+    """The fused layers of one denoiser, and the hook that exchanges their experts.
+
+    Every layer keeps its own weight W0 as a buffer that is in no ``state_dict`` and moves with the layer. The weight is
+    always made from W0 and never from its predecessor, so it does not drift, and W0 comes back to the byte.
+
+    Three kinds of layers keep their experts beside them and give the same outputs: grouped convolutions (A reads all
+    channels, and no grouped kernel does that), convolutions whose padding is not of zeros (the padding of the experts
+    is), and layers that share their weight with another.
+
+    Args:
+        network: the denoiser.
+        layers: those of its layers that carry experts.
+        state: of the mixture.
+
+    Raises:
+        ValueError: experts cannot be added to the weight of a layer; nothing is changed then.
+    """
+
+    def __init__(self, network: nn.Module, layers: Sequence[MixtureLayer], state: MixtureState) -> None:
+        uses = Counter(id(parameter) for _, parameter in network.named_parameters(remove_duplicate=False))
+        for layer in layers:
+            _require_plain_weight(layer)
+        self.state = state
+        self.layers = [layer for layer in layers if _is_exact(layer.base_layer) and uses[id(_weight(layer))] == 1]
+        self._carriers = list(layers)
+        self._held: dict[str, int] | None = {}  # the experts in the weights, by scale; None: the weights are unknown
+        self._versions = self._read_versions()
+
+    @torch.no_grad()
+    def keep_weights(self) -> None:
+        """Copy W0 of all layers, or of none where memory ends."""
+        kept = [_weight(layer).detach().clone() for layer in self.layers]
+        for layer, weight in zip(self.layers, kept, strict=True):
+            layer.register_buffer("unfused_weight", weight, persistent=False)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
+        """Put the experts that own the call's timesteps into the weights, or none if they have different owners.
+
+        Raises:
+            ValueError: gradients are enabled, or dropout is: both belong to the experts, which are in the weights.
+        """
+        if self.state.mode == "off":
+            self.hold({})
+            return
+        if torch.is_grad_enabled() or any(layer.training and layer.dropout for layer in self._carriers):
+            raise ValueError(
+                "fused experts are for inference: call the denoiser under torch.no_grad() and in evaluation mode, or"
+                " unfuse them first (unfuse)"
+            )
+        step = self.state.step
+        assert step is not None  # the reader's hook runs before this one
+        scales = self.state.active_scales()
+        t = set(step.t.tolist())
+        owners = {tuple(scale.partition.index_of(value) for scale in scales) for value in t}
+        self.hold(dict(zip([s.name for s in scales], owners.pop(), strict=True)) if len(owners) == 1 else {})
+        if self._held:
+            self.state.step = FusedStep(**{item.name: getattr(step, item.name) for item in fields(step)})
+
+    def check_mode(self, mode: Mode) -> None:
+        """Refuse every mode but ``off`` and ``switch``."""
+        if mode not in ("off", "switch"):
+            raise ValueError(f"fused experts can be switched, or off; for mode {mode!r} unfuse them first")
+
+    def close(self, network: nn.Module) -> None:  # noqa: ARG002 - its layers are known
+        """Put W0 back, to the byte, and drop the copies."""
+        self.hold({})
+        for layer in self.layers:
+            del layer.unfused_weight
+
+    @torch.no_grad()
+    def hold(self, owners: Mapping[str, int]) -> None:
+        """Put these experts into the weights, by scale, and no others.
+
+        Nothing is done where the weights hold them already and no expert has changed since.
+
+        Raises:
+            ValueError: experts can no longer be added to a weight.
+        """
+        versions = self._read_versions()
+        if owners == self._held and (not owners or versions == self._versions):
+            return
+        self._held = None  # in case one of the layers fails
+        for layer in self.layers:
+            _require_plain_weight(layer)  # it may have been offloaded since
+            _weight(layer).copy_(fused_weight(layer, owners) if owners else layer.unfused_weight)
+            if owners:
+                layer.forward = MethodType(_forward_fused, layer)  # type: ignore[method-assign]
+            else:
+                vars(layer).pop("forward", None)
+        self._held, self._versions = dict(owners), versions
+
+    def _read_versions(self) -> list[int]:
+        """How often each expert tensor was changed in place; inference tensors do not count."""
+        parameters = [parameter for layer in self.layers for parameter in layer.experts.parameters()]
+        return [0 if parameter.is_inference() else parameter._version for parameter in parameters]
+
+
+def fused_weight(layer: MixtureLayer, owners: Mapping[str, int]) -> Tensor:
+    """``W0 + sum_j gate_j * (alpha_j / r_j) * B_j[i_j] A_j[i_j]`` in fp32 or wider, shaped like the weight.
+
+    Args:
+        layer: with its kept weight W0.
+        owners: i_j, the expert of each active scale.
+    """
+    kept: Tensor = layer.unfused_weight
+    with torch.autocast(kept.device.type, enabled=False):
+        total = kept.to(torch.promote_types(kept.dtype, torch.float32)).flatten(1)
+        for scale in layer.state.spec.scales:
+            if scale.name in owners:
+                stack = cast("ExpertStack", layer.experts[scale.name])
+                index = torch.tensor([owners[scale.name]], device=stack.A.device)
+                down, up = (weight[0].to(total.dtype) for weight in stack.of(index))
+                total = torch.addmm(total, up, down, alpha=scale.constant_gate * scale.scaling)
+        return total.view(kept.shape)
+
+
+def _forward_fused(layer: MixtureLayer, x: Tensor) -> Tensor:
+    """The forward pass of a layer whose weight holds the experts of the denoiser's running call."""
+    if layer.state.mode != "switch" or not isinstance(layer.state.step, FusedStep):
+        raise RuntimeError(
+            f"{layer.name}: experts are fused into this layer's weight, for calls of the whole denoiser alone;"
+            " unfuse(mixture) first"
+        )
+    y: Tensor = layer.base_layer(x)
+    return y
+
+
+def _weight(layer: MixtureLayer) -> nn.Parameter:
+    return layer.base_layer.weight  # type: ignore[return-value]  # a plain one, by _require_plain_weight
+
+
+def _require_plain_weight(layer: MixtureLayer) -> None:
+    base, weight = layer.base_layer, getattr(layer.base_layer, "weight", None)
+    if not isinstance(base, _CARRIERS) or type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
+        held = "no weight" if not isinstance(weight, Tensor) else f"a {type(weight).__name__} of {weight.dtype}"
+        raise ValueError(
+            f"{layer.name}: experts cannot be fused into this {type(base).__name__}, which has {held}; allowed are"
+            " linear layers and convolutions with plain floating-point weights. Over a quantised base, switch unfused"
+        )
+    if weight.is_meta:
+        raise ValueError(
+            f"{layer.name}: experts cannot be fused into a weight that is on the meta device; offload whole models,"
+            " not layer by layer, or switch unfused"
+        )
+
+
+def _is_exact(base: nn.Module) -> bool:
+    return isinstance(base, nn.Linear) or bool(base.groups == 1 and base.padding_mode == "zeros")

@@ -1,0 +1,86 @@
+"""The arithmetic of a layer's experts as it stands in the paper (TSM, eq. 5), one scale after the other.
+
+Shapes: B rows of a batch, N positions, k input and d output features, r rank; in a grouped convolution g groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from timestep_experts.mixture.experts import ExpertStack
+from timestep_experts.mixture.geometry import LayerGeometry
+from timestep_experts.mixture.kernels import Experts, Strength
+
+
+class PlainKernels:
+    """The definition: one scale after the other, one sum of products per step."""
+
+    def gather(
+        self,
+        stacks: Sequence[ExpertStack],
+        expert_index: Sequence[Tensor],
+        num_rows: int,
+        groups: int,  # noqa: ARG002 - they matter where scales are joined
+    ) -> Experts:
+        """Index the stacks: ``A_j[i_j]`` and ``B_j[i_j]``."""
+        chosen = [stack.of(index.expand(num_rows)) for stack, index in zip(stacks, expert_index, strict=True)]
+        return Experts([down for down, _ in chosen], [up for _, up in chosen])
+
+    def read(
+        self, x: Tensor, router_input: Tensor | None, experts: Experts, geometry: LayerGeometry
+    ) -> tuple[Sequence[Tensor], Tensor | None]:
+        """``h_j = A_j[i_j] x``, and the mean of the router's input."""
+        project = _convolve if geometry.is_convolution else _project
+        hidden = [project(x, down.to(x.dtype), geometry) for down in experts.downs]
+        return hidden, None if router_input is None else mean_pool(router_input, geometry.is_convolution)
+
+    def add(
+        self,
+        base_layer: nn.Module,  # noqa: ARG002 - its output is never written over
+        y: Tensor,
+        hidden: Sequence[Tensor],
+        experts: Experts,
+        strengths: Sequence[Strength],
+        geometry: LayerGeometry,
+    ) -> Tensor:
+        """``y + sum_j gate_j * (alpha_j / r_j) * B_j[i_j] h_j``  (TSM, eq. 5)."""
+        features, groups = (1 if geometry.is_convolution else 2), geometry.groups
+        total = torch.zeros((), dtype=torch.promote_types(y.dtype, torch.float32), device=y.device)
+        for h, up, strength in zip(hidden, experts.ups, strengths, strict=True):
+            gated = h * (strength.unsqueeze(features) if isinstance(strength, Tensor) else strength)
+            by_group = torch.unflatten(gated.to(total.dtype).movedim(features, 1), 1, (groups, -1))
+            up_by_group = torch.unflatten(up.to(total.dtype), 1, (groups, -1))
+            total = total + torch.einsum("bgrn,bgor->bgon", by_group, up_by_group)
+        return y + total.flatten(1, 2).movedim(1, features).reshape(y.shape).to(y.dtype)
+
+
+def mean_pool(x: Tensor, is_convolution: bool) -> Tensor:
+    """Average a layer's input over all axes but the first and the features'; ``(B, k)`` fp32, always a new tensor.
+
+    Args:
+        x: ``(B, ..., k)``, or ``(B, k, *space)`` of a convolution.
+        is_convolution: whether features come second.
+    """
+    positions = tuple(range(2, x.dim()) if is_convolution else range(1, x.dim() - 1))
+    return x.mean(positions, dtype=torch.float32) if positions else x.to(torch.float32, copy=True)
+
+
+def convolve(x: Tensor, down: Tensor, geometry: LayerGeometry, groups: int = 1) -> Tensor:
+    """The base layer's kind of convolution, with A ``(..., r, k)`` as its kernel."""
+    convolution = (functional.conv1d, functional.conv2d, functional.conv3d)[len(geometry.kernel_size) - 1]
+    kernel = down.reshape(-1, geometry.in_features, *geometry.kernel_size)
+    return convolution(x, kernel, None, geometry.stride, geometry.padding, geometry.dilation, groups)
+
+
+def _project(x: Tensor, down: Tensor, _: LayerGeometry) -> Tensor:
+    return torch.einsum("bnk,brk->bnr", x.reshape(len(x), -1, x.shape[-1]), down)
+
+
+def _convolve(x: Tensor, down: Tensor, geometry: LayerGeometry) -> Tensor:
+    # One group per row, so each meets its own experts.
+    hidden = convolve(x.reshape(1, -1, *x.shape[2:]), down.flatten(0, 1), geometry, groups=len(x))
+    return hidden.reshape(len(x), down.shape[1], -1)
