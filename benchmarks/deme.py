@@ -1,4 +1,4 @@
-"""Compare decoupled experts, merged and not, with finetunes of equal training, over seeds (`deme_arms` says which).
+"""Compare decoupled experts, merged and not, with finetunes of equal training, over seeds (`deme_variants` says which).
 
 Run: python benchmarks/deme.py recipes/cifar10.yaml --seeds 0 1 --output benchmarks/results/cifar10.json
 
@@ -33,17 +33,18 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
-from deme_arms import GROUPS, Copy, Row, check, copies, rows_of, training_of
+from deme_variants import GROUPS, Copy, Row, check, copies, rows_of, training_of
 from picture_features import features_of, load_classifier
 from timestep_experts.build import (
-    Workshop,
+    RunContext,
+    build_context,
+    build_decoupled_partition,
     build_family,
     build_loss_settings,
     build_media_settings,
     build_picture_sets,
     build_sample_settings,
     build_validation,
-    build_workshop,
 )
 from timestep_experts.config import Recipe, load_recipe
 from timestep_experts.data import decode_all
@@ -54,11 +55,10 @@ from timestep_experts.formats.checkpoints import Checkpoint, file_sha256, weight
 from timestep_experts.formats.model_folders import find_weights
 from timestep_experts.inference import attach_ensemble, sample
 from timestep_experts.intervals import Partition
-from timestep_experts.jobs.decouple import build_decouple_settings, decouple_range, range_folder
+from timestep_experts.jobs.evaluate import prepare_output
 from timestep_experts.jobs.merge import merge, read_search
 from timestep_experts.jobs.search import SearchInputs, search_experts
 from timestep_experts.jobs.search_methods import SearchObjective, SearchSettings
-from timestep_experts.jobs.train import prepare_output
 from timestep_experts.merging import MergeSettings
 from timestep_experts.models import Family
 from timestep_experts.report import save_sheet
@@ -157,9 +157,9 @@ def compare(settings: Settings, seeds: Sequence[int], workers: int) -> dict[int,
     require_apart(recipe, settings.report)
     prepare_output(recipe)
     document = recipe.model_dump_json(exclude_unset=True)
-    _workshop(document)  # fills the cache on disk, before several processes do at once
+    _context(document)  # fills the cache on disk, before several processes do at once
     if workers > 1:
-        _workshop.cache_clear()  # they hold the pictures themselves
+        _context.cache_clear()  # they hold the pictures themselves
     trained = [copy for seed in seeds for group in settings.groups for copy in copies(recipe, seed)[group]]
     longest_first = sorted(trained, key=lambda copy: -(3 * copy.samples + copy.base_samples))
     run_all(train_copy, [(document, copy) for copy in longest_first], workers)
@@ -205,19 +205,19 @@ def reporting(recipe: Recipe, report: str) -> Recipe:
 def ranges_of(recipe: Recipe) -> Partition:
     """The experts' ranges."""
     total = build_family(recipe).noise.num_train_timesteps
-    return build_decouple_settings(recipe, total).partition
+    return build_decoupled_partition(check(recipe), total)
 
 
 def train_copy(job: tuple[str, Copy]) -> None:
     """One full copy; one that is finished is only read."""
     document, copy = job
-    decouple_range(copy.recipe, copy.index, _workshop(document))
+    copy.method.train_range(copy.index, _context(document))
 
 
 @cache
-def _workshop(document: str) -> Workshop:
+def _context(document: str) -> RunContext:
     """The base and the encoded pictures, shared by all trainings of a process."""
-    return build_workshop(Recipe.model_validate_json(document))
+    return build_context(Recipe.model_validate_json(document))
 
 
 def _held_out(recipe: Recipe) -> Any:
@@ -228,7 +228,7 @@ def measure(job: RowJob) -> ResultRow:
     """One row: make the model, then measure it, unless this very model was measured so."""
     settings, recipe = job.settings, job.settings.recipe
     group = () if job.row.how == "base" else copies(recipe, job.seed)[job.row.group]
-    folders = [range_folder(copy.recipe, copy.index) / "expert" for copy in group]
+    folders = [copy.method.paths.copy(copy.index) for copy in group]
     source, found = recipe.pretrained_model_name_or_path, {"weights": None, "search_evaluations": 0}
     if job.row.how in ("uniform", "searched"):
         source, found = _merged(job, folders)

@@ -16,9 +16,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from timestep_experts.build import build_workshop
+from timestep_experts.build import build_context
 from timestep_experts.config import load_recipe
-from timestep_experts.jobs import runs
+from timestep_experts.jobs.evaluate import evaluate, prepare_output, reported_partition, write_run_report
+from timestep_experts.jobs.methods import methods_of
 from timestep_experts.report import results_rows
 
 COLUMNS = (
@@ -53,13 +54,13 @@ def run_seed(recipe: Path, overrides: list[str], seed: int) -> list[dict[str, st
     """All rows of one seed."""
     folder = load_recipe(recipe, overrides).output_dir / f"seed-{seed}"
     loaded = load_recipe(recipe, [*overrides, f"seed={seed}", f"output_dir={folder}"])
-    runs.prepare_output(loaded)
-    workshop = build_workshop(loaded)
-    for arm in loaded.arm_names:
-        runs.train_arm(loaded, arm, workshop)
-    results = runs.evaluate(loaded, workshop)
-    runs.write_run_report(loaded, workshop, results, f"python benchmarks/over_seeds.py {recipe} --seeds {seed}")
-    return results_rows(results, runs.reported_partition(loaded, workshop).intervals)
+    prepare_output(loaded)
+    context = build_context(loaded)
+    for method in methods_of(loaded):
+        method.train(context)
+    results = evaluate(loaded, context)
+    write_run_report(loaded, context, results, f"python benchmarks/over_seeds.py {recipe} --seeds {seed}")
+    return results_rows(results, reported_partition(loaded, context).intervals)
 
 
 def aggregate(per_seed: dict[int, list[dict[str, str | float | int | None]]]) -> Table:

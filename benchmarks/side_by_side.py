@@ -26,7 +26,7 @@ def main() -> None:
     """Read the pictures that an evaluation left behind and lay them out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="output_dir of a finished run")
-    parser.add_argument("--rows", nargs="+", required=True, help="<arm>-<mode>, folders of RUN/evaluation")
+    parser.add_argument("--rows", nargs="+", required=True, help="<variant>-<mode>, folders of RUN/evaluation")
     parser.add_argument("--pictures", type=int, nargs="+", default=list(range(8)), help="which prompts, by number")
     parser.add_argument("--frames", type=int, default=4, help="of each clip")
     parser.add_argument("--output", type=Path, required=True)

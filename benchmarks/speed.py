@@ -12,6 +12,7 @@ world       pictures per second of the embedded Stable Diffusion, through its pi
 start       until experts can be used: attached, loaded from a folder, fused in
 growth      cost against the number of experts, of contexts, rank, batch and tokens, beside a formula
 gap         what a profiler sees more of than beside the bare layer
+tricks      what each trick of the fast arithmetic is worth: a routed mixture without it, beside one with all
 
 Every variant runs once per round, in an order that moves on, after a warm-up; a ratio is the median over rounds of its
 time over the base's right before it. On a GPU: CUDA events, bf16, torch.compile with CUDA graphs. On the CPU: fp32,
@@ -44,11 +45,12 @@ from speed_report import print_tables, save_growth, save_ratios
 from speed_start import start
 from speed_targets import print_targets
 from speed_timing import Budget
+from speed_tricks import tricks
 from speed_variants import PASSES, VARIANTS, Form, Pass
 from speed_world import draw
 from timestep_experts.formats.atomic import write_json
 
-SECTIONS = ("layers", "denoisers", "world", "start", "growth", "gap")
+SECTIONS = ("layers", "denoisers", "world", "start", "growth", "gap", "tricks")
 LIST_CASES: dict[str, Callable[..., list[Case]]] = {"layers": layer_cases, "denoisers": denoiser_cases}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESULTS = Path(__file__).parent / "results"
@@ -129,7 +131,7 @@ def choose_device(name: str) -> torch.device:
 def kinds(section: str, asked: bool | None, problem: str, device: torch.device, findings: Findings) -> Iterator[bool]:
     """Eager, and compiled where that is wanted and works; what is left out is said."""
     yield False
-    everywhere = device.type == "cuda" or section == "layers"
+    everywhere = device.type == "cuda" or section in ("layers", "tricks")
     if section in ("start", "growth", "gap") or asked is False:
         return
     if asked is None and not everywhere:
@@ -188,6 +190,8 @@ def run_section(section: str, setting: Setting, options: argparse.Namespace, con
         return grow(replace(setting, memory=False), quick=quick)
     if section == "gap":
         return gap(setting, FORM, quick=quick)
+    if section == "tricks":
+        return tricks(setting, FORM, quick=quick, console=console)
     findings = Findings()
     for case in LIST_CASES[section](setting.device, quick=quick):
         if not (passes := passes_of(case, options.cases)):

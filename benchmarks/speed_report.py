@@ -52,18 +52,19 @@ def print_tables(console: Console, section: str, rows: Sequence[Row], skipped: S
     if section == "gap":
         _print_gap(console, rows)
         return
+    other = "a mixture with all tricks" if section == "tricks" else "the base"
     for compiled in (False, True):
         own = [row for row in rows if row["compiled"] is compiled]
         if own:
-            _print_passes(console, f"{section}, {'compiled' if compiled else 'eager'}", own)
+            _print_passes(console, f"{section}, {'compiled' if compiled else 'eager'}", own, other)
     for reason in dict.fromkeys((row["variant"], row["pass"], row["reason"]) for row in skipped):
         console.print(f"  left out: {reason[0]}, {reason[1]}: {reason[2]}", style="dim")
 
 
-def _print_passes(console: Console, title: str, rows: Sequence[Row]) -> None:
+def _print_passes(console: Console, title: str, rows: Sequence[Row], other: str) -> None:
     passes = [kind for kind in PASSES if any(row["pass"] == kind for row in rows)]
     with_memory = [kind for kind in passes if any(row["pass"] == kind and "memory_ratio" in row for row in rows)]
-    table = Table("variant", title=f"{title}: time (quartiles) and peak memory relative to the base")
+    table = Table("variant", title=f"{title}: time (quartiles) and peak memory relative to {other}")
     for kind in passes:
         table.add_column(kind, justify="right", no_wrap=True)
         if kind in with_memory:
@@ -81,8 +82,9 @@ def _print_passes(console: Console, title: str, rows: Sequence[Row]) -> None:
                 if kind in with_memory:
                     cells.append(f"{found[kind]['memory_ratio']:.2f}" if kind in found else "")
             if with_speed:
-                cells.append(f"{next(iter(found.values()))['pictures_per_second']:.2f}")
-            table.add_row(f"  {variant}" if variant != BASE else case, *cells)
+                speed = next(iter(found.values())).get("pictures_per_second")
+                cells.append("" if speed is None else f"{speed:.2f}")
+            table.add_row(f"  {variant}" if variant != own[0]["variant"] else case, *cells)
         table.add_section()
     console.print(table)
 
@@ -150,7 +152,9 @@ def _ratio(row: Row | None) -> str:
 
 def save_ratios(path: Path, sections: Mapping[str, Sequence[Row]], title: str) -> None:
     """Every case and variant as a dot with its quartiles, one column per pass; hollow dots are compiled."""
-    sections = {name: rows for name, rows in sections.items() if name not in ("start", "growth", "gap") and rows}
+    sections = {
+        name: rows for name, rows in sections.items() if name not in ("start", "growth", "gap", "tricks") and rows
+    }
     if not sections:
         return
     cases = {name: list(dict.fromkeys(row["case"] for row in rows)) for name, rows in sections.items()}

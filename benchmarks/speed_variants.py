@@ -15,6 +15,7 @@ from torch import nn
 
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale, fuse, match_targets
+from timestep_experts.mixture.kernels import Kernels
 
 Pass = Literal["inference, one t", "inference, mixed t", "training, mixed t"]
 ONE_T: Pass = "inference, one t"
@@ -128,10 +129,17 @@ def make_switch(model: nn.Module, targets: Sequence[str], form: Form, kind: Pass
     return _variant_of(twin, mixture)
 
 
-def make_route(model: nn.Module, targets: Sequence[str], form: Form, kind: Pass, ts: list[float]) -> Variant:  # noqa: ARG001
-    """The mixture in mode ``route``: the expert of t and gated contexts."""
+def make_route(
+    model: nn.Module,
+    targets: Sequence[str],
+    form: Form,
+    kind: Pass,  # noqa: ARG001
+    ts: list[float],  # noqa: ARG001
+    kernels: Kernels | None = None,
+) -> Variant:
+    """The mixture in mode ``route``: the expert of t and gated contexts, by its own arithmetic where one is given."""
     twin = twin_of(model)
-    mixture = _attach(twin, targets, form)
+    mixture = _attach(twin, targets, form, kernels)
     mixture.mode = "route"
     return _variant_of(twin, mixture)
 
@@ -203,14 +211,14 @@ def _name_adapters(names: list[str]) -> Callable[..., Any]:
     return hook
 
 
-def _attach(model: nn.Module, targets: Sequence[str], form: Form) -> Mixture:
+def _attach(model: nn.Module, targets: Sequence[str], form: Form, kernels: Kernels | None = None) -> Mixture:
     """A mixture of random experts and routers in the base's dtype; nothing of it is zero."""
     contexts = [
         Scale(f"context{i}", Partition.uniform(2**i), form.rank, form.rank, gated=True)
         for i in range(form.num_contexts or 0)
     ]
     spec = MixtureSpec((Scale("core", Partition.uniform(form.num_experts), form.rank, form.rank), *contexts))
-    mixture = Mixture.attach(model, spec, list(targets))
+    mixture = Mixture.attach(model, spec, list(targets), kernels=kernels)
     with torch.no_grad():
         for value in mixture.state_dict().values():
             value.normal_(std=0.01)

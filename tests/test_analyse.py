@@ -109,10 +109,11 @@ def test_proposals_are_accepted_by_a_recipe(tmp_path: Path) -> None:
     assert proposals[1].cost == 0 < proposals[1].uniform_cost
     assert all(p.cost <= p.uniform_cost + 1e-9 for p in proposals)
     scale = yaml.safe_load(as_yaml(proposals[1]))
-    document = {"output_dir": "x", "data": {"path": "world/neon"}, "experts": {"scales": [scale]}}
+    method = {"kind": "foster", "experts": {"scales": [scale]}}
+    document = {"output_dir": "x", "data": {"path": "world/neon"}, "method": method}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document))
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    assert recipe.experts.scales[0].boundaries == (0, 100, 400, 1000)
+    assert recipe.method.experts.scales[0].boundaries == (0, 100, 400, 1000)
 
 
 def test_an_analysis_is_written_whole(case: Case) -> None:  # noqa: F811

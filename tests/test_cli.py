@@ -207,9 +207,17 @@ def write_recipe(home: Path, base: Path, data: Path, /, **changes: Any) -> Path:
         "resolution": 16,
         "device": "cpu",
         "data": {"path": str(data), "validation_share": 0.4},
-        "experts": {"target_modules": TARGETS, "scales": [{"intervals": 4, "rank": 2}, {"intervals": 1, "rank": 2}]},
-        "foster": {"max_train_steps": 2, "train_batch_size": 2, "learning_rate": 1e-2},
-        "assemble": {"max_train_steps": 2, "train_batch_size": 3, "learning_rate": 1e-3},
+        "method": {
+            "kind": "foster",
+            "experts": {
+                "target_modules": TARGETS,
+                "scales": [{"intervals": 4, "rank": 2}, {"intervals": 1, "rank": 2}],
+            },
+            "max_train_steps": 2,
+            "train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "assemble": {"max_train_steps": 2, "train_batch_size": 3, "learning_rate": 1e-3},
+        },
         "evaluation": {
             "num_pictures": 3,
             "bins_per_interval": 2,
@@ -217,8 +225,13 @@ def write_recipe(home: Path, base: Path, data: Path, /, **changes: Any) -> Path:
             "num_inference_steps": 2,
             "batch_size": 2,
         },
-        "arms": {"lora": {"experts": {"scales": [{"intervals": 1, "rank": 2}]}}},
+        "variants": {"lora": {"method": {"experts": {"scales": [{"intervals": 1, "rank": 2}]}}}},
     }
+    method = changes.pop("method", {})
+    if "kind" in method:  # another way of training
+        document["method"] = method
+    else:
+        document["method"] |= method
     home.mkdir(exist_ok=True)
     path = home / "recipe.yaml"
     path.write_text(yaml.safe_dump(document | changes, sort_keys=False))
@@ -268,8 +281,8 @@ def test_a_run_leaves_everything_there_is_to_keep(finished: Run) -> None:
     out = finished.out
     for path in ("recipe.yaml", "results.json", "report.html"):
         assert (out / path).stat().st_size > 0
-    assert load_bundle(out / "arms" / "main" / "bundle").mode == "route"
-    assert load_bundle(out / "arms" / "lora" / "bundle").mode == "switch"
+    assert load_bundle(out / "variants" / "main" / "bundle").mode == "route"
+    assert load_bundle(out / "variants" / "lora" / "bundle").mode == "switch"
     measured = ["base-off", "lora-switch", "main-route", "main-switch"]
     assert sorted(path.name for path in (out / "evaluation").iterdir()) == measured
     for name in measured:
@@ -286,7 +299,7 @@ def test_a_run_says_what_it_did_and_skipped(finished: Run) -> None:
 
 
 def test_the_results_are_whole_and_add_up(finished: Run) -> None:
-    rows = {(r["arm"], r["mode"]): r for r in finished.results}
+    rows = {(r["variant"], r["mode"]): r for r in finished.results}
     assert list(rows) == [("base", "off"), ("main", "switch"), ("main", "route"), ("lora", "switch")]
     for result in rows.values():
         assert len(result["interval_losses"]) == 4
@@ -315,22 +328,22 @@ def attached_parameters(*numbers: int) -> tuple[int, int]:
 
 def states(run: Run) -> dict[str, tuple[int, int]]:
     """Time of change and size of whatever training and measuring wrote."""
-    kept = [*run.out.glob("arms/*/*/result.safetensors"), *run.out.glob("evaluation/*/result.json")]
+    kept = [*run.out.glob("variants/*/*/result.safetensors"), *run.out.glob("evaluation/*/result.json")]
     kept += [*run.out.glob("evaluation/*/pictures/*.png"), *run.out.glob("cache/*.safetensors")]
-    kept += run.out.glob("arms/*/*/log.jsonl")
+    kept += run.out.glob("variants/*/*/log.jsonl")
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in kept}
 
 
 @pytest.mark.parametrize("command", ["run", "evaluate", "foster", "assemble"])
 def test_the_same_command_again_trains_and_measures_nothing(command: str, finished: Run) -> None:
     before, results = states(finished), (finished.out / "results.json").read_bytes()
-    bundles = {path: path.read_bytes() for path in finished.out.glob("arms/*/bundle/*")}
+    bundles = {path: path.read_bytes() for path in finished.out.glob("variants/*/bundle/*")}
     assert len(before) == 3 + 3 + 4 + 12 + 2
     again = call(command, finished.recipe)
     assert again.code == 0, again.err
     assert states(finished) == before
     assert (finished.out / "results.json").read_bytes() == results
-    assert {path: path.read_bytes() for path in finished.out.glob("arms/*/bundle/*")} == bundles
+    assert {path: path.read_bytes() for path in finished.out.glob("variants/*/bundle/*")} == bundles
 
 
 def test_the_stages_one_by_one_are_a_run(base: Path, finished: Run, tmp_path: Path) -> None:
@@ -339,7 +352,7 @@ def test_the_stages_one_by_one_are_a_run(base: Path, finished: Run, tmp_path: Pa
         outcome = call(command, recipe)
         assert outcome.code == 0, outcome.err
         if command == "foster":
-            assert load_bundle(tmp_path / "staged" / "out" / "arms" / "main" / "bundle").mode == "switch"
+            assert load_bundle(tmp_path / "staged" / "out" / "variants" / "main" / "bundle").mode == "switch"
 
     def timeless(run: Run) -> list[dict[str, Any]]:
         return [{key: value for key, value in result.items() if key != "seconds"} for result in run.results]
@@ -348,7 +361,7 @@ def test_the_stages_one_by_one_are_a_run(base: Path, finished: Run, tmp_path: Pa
 
 
 def test_a_bundle_is_shown(finished: Run) -> None:
-    bundle = finished.out / "arms" / "main" / "bundle"
+    bundle = finished.out / "variants" / "main" / "bundle"
     outcome = call("show", bundle)
     assert row(outcome, "n4") == ["n4", "core", "1", "2", "2", "4", "[0, 250) [250, 500) [500, 750) [750, 1000)"]
     assert row(outcome, "n1")[1:3] == ["context (gated)", "1"]
@@ -360,7 +373,7 @@ def test_a_bundle_is_shown(finished: Run) -> None:
 
 def test_paths_are_printed_as_they_are(finished: Run, tmp_path: Path) -> None:
     bundle = tmp_path / "a [bold] name" / "bundle"
-    shutil.copytree(finished.out / "arms" / "main" / "bundle", bundle)
+    shutil.copytree(finished.out / "variants" / "main" / "bundle", bundle)
     document = json.loads((bundle / "mixture.json").read_text())
     document["base_model"] = "models/[v1] base [/v1]"
     (bundle / "mixture.json").write_text(json.dumps(document))
@@ -371,7 +384,7 @@ def test_paths_are_printed_as_they_are(finished: Run, tmp_path: Path) -> None:
 
 
 def test_pictures_are_drawn_with_a_bundle(finished: Run, tmp_path: Path) -> None:
-    bundle = finished.out / "arms" / "main" / "bundle"
+    bundle = finished.out / "variants" / "main" / "bundle"
     drawn = {}
     for mode in (None, "route", "switch", "off"):
         folder = tmp_path / str(mode)
@@ -384,11 +397,11 @@ def test_pictures_are_drawn_with_a_bundle(finished: Run, tmp_path: Path) -> None
         assert {picture.shape for picture in drawn[mode]} == {(16, 16, 3)}
     assert np.array_equal(drawn[None], drawn["route"])
     assert not np.array_equal(drawn["off"], drawn["switch"])
-    options[options.index("--output") + 1] = tmp_path / "folded"
-    assert call("sample", bundle, *options, "--mode", "switch", "--folded").code == 0
+    options[options.index("--output") + 1] = tmp_path / "fused"
+    assert call("sample", bundle, *options, "--mode", "switch", "--fused").code == 0
     for seed, picture in zip((7, 8), drawn["switch"], strict=True):
-        folded = np.asarray(Image.open(tmp_path / "folded" / f"00000{seed}.png"))
-        assert abs(folded.astype(int) - picture).max() <= 1  # fp32 sums in another order, then whole numbers
+        fused = np.asarray(Image.open(tmp_path / "fused" / f"00000{seed}.png"))
+        assert abs(fused.astype(int) - picture).max() <= 1  # fp32 sums in another order, then whole numbers
 
 
 @pytest.mark.parametrize(
@@ -396,13 +409,13 @@ def test_pictures_are_drawn_with_a_bundle(finished: Run, tmp_path: Path) -> None
     [
         (["--mode", "swap"], "unknown mode 'swap': allowed are switch, route and off"),
         (["--mode", "foster"], "unknown mode 'foster'"),
-        (["--folded"], "only mode switch can be folded; this is mode route"),
+        (["--fused"], "only mode switch can be fused; this is mode route"),
         (["--scheduler", "Nope"], "no scheduler 'Nope'"),
         (["--model", "/nowhere/at/all"], "cannot load a pipeline from '/nowhere/at/all'"),
     ],
 )
 def test_pictures_that_cannot_be_drawn(options: list[str], message: str, finished: Run, tmp_path: Path) -> None:
-    bundle = finished.out / "arms" / "main" / "bundle"
+    bundle = finished.out / "variants" / "main" / "bundle"
     output = tmp_path / "pictures"
     assert message in refused("sample", bundle, "--prompt", "a thing", "--output", output, *options)
     assert not output.exists()
@@ -411,14 +424,19 @@ def test_pictures_that_cannot_be_drawn(options: list[str], message: str, finishe
 def test_text_experts_are_previewed_and_drawn_with_their_cost(base: Path, finished: Run, tmp_path: Path) -> None:
     experts = {"target_modules": TARGETS, "text_target_modules": ["q_proj"], "scales": [{"intervals": 4, "rank": 2}]}
     training = {"preview_pictures": 2, "checkpointing_steps": None}
-    recipe = write_recipe(tmp_path, base, finished.data, experts=experts, training=training, assemble=None, arms={})
+    method = {"experts": experts, "assemble": None}
+    recipe = write_recipe(tmp_path, base, finished.data, method=method, training=training, variants={})
     outcome = call("run", recipe)
     assert outcome.code == 0, outcome.err
-    assert (tmp_path / "out" / "arms" / "main" / "foster-joint" / "previews" / "step-000002.png").is_file()
+    assert (tmp_path / "out" / "variants" / "main" / "foster-joint" / "previews" / "step-000002.png").is_file()
     options = ["--output", tmp_path / "pictures", "--steps", 8, "--guidance", 3]
-    drawn = call("sample", tmp_path / "out" / "arms" / "main" / "bundle", "--prompt", "a", "--prompt", "b", *options)
+    drawn = call(
+        "sample", tmp_path / "out" / "variants" / "main" / "bundle", "--prompt", "a", "--prompt", "b", *options
+    )
     assert "; 5 text passes (2.5 per picture), 8 denoiser calls" in drawn.out, drawn.err
-    silent = call("sample", tmp_path / "out" / "arms" / "main" / "bundle", "--prompt", "a", "--mode", "off", *options)
+    silent = call(
+        "sample", tmp_path / "out" / "variants" / "main" / "bundle", "--prompt", "a", "--mode", "off", *options
+    )
     assert "; 1 text passes (1.0 per picture), 8 denoiser calls" in silent.out, silent.err
 
 
@@ -432,11 +450,11 @@ def test_what_is_no_bundle_is_refused(command: list[str], tmp_path: Path) -> Non
 
 def test_assembling_before_fostering_is_refused(base: Path, finished: Run, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, base, finished.data)
-    assert "arm 'main' is not fostered yet (" in refused("assemble", recipe)
+    assert "variant 'main' is not fostered yet (" in refused("assemble", recipe)
 
 
-def test_assembling_an_arm_of_one_scale_is_refused_when_asked_for(copied: Run) -> None:
-    assert "nothing to assemble" in refused("assemble", copied.recipe, "--arm", "lora")
+def test_assembling_a_variant_of_one_scale_is_refused_when_asked_for(copied: Run) -> None:
+    assert "nothing to assemble" in refused("assemble", copied.recipe, "--variant", "lora")
 
 
 def test_evaluating_before_training_is_refused_at_once(base: Path, finished: Run, tmp_path: Path) -> None:
@@ -447,20 +465,24 @@ def test_evaluating_before_training_is_refused_at_once(base: Path, finished: Run
 
 @pytest.mark.parametrize("command", ["foster", "assemble"])
 @pytest.mark.parametrize("option", [[], ["--dry-run"]])
-def test_an_unknown_arm_is_named(command: str, option: list[str], finished: Run) -> None:
-    message = refused(command, finished.recipe, "--arm", "lorra", *option)
-    assert "no arm 'lorra' in this recipe: it has main, lora" in message
+def test_an_unknown_variant_is_named(command: str, option: list[str], finished: Run) -> None:
+    message = refused(command, finished.recipe, "--variant", "lorra", *option)
+    assert "no variant 'lorra' in this recipe: it has main, lora" in message
 
 
-def test_one_arm_alone(base: Path, finished: Run, tmp_path: Path) -> None:
+def test_one_variant_alone(base: Path, finished: Run, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, base, finished.data)
-    assert call("foster", recipe, "--arm", "lora").code == 0
-    assert [path.name for path in (tmp_path / "out" / "arms").iterdir()] == ["lora"]
+    assert call("foster", recipe, "--variant", "lora").code == 0
+    assert [path.name for path in (tmp_path / "out" / "variants").iterdir()] == ["lora"]
 
 
 @pytest.mark.parametrize(
     ("override", "what"),
-    [("foster.learning_rate=2.0e-2", "foster"), ("seed=1", "seed"), ("experts.scales.0.rank=3", "experts")],
+    [
+        ("method.learning_rate=2.0e-2", "learning_rate"),
+        ("seed=1", "seed"),
+        ("method.experts.scales.0.rank=3", "experts"),
+    ],
 )
 def test_a_folder_of_another_run_is_refused_and_says_what_differs(override: str, what: str, copied: Run) -> None:
     before = states(copied)
@@ -472,7 +494,7 @@ def test_a_folder_of_another_run_is_refused_and_says_what_differs(override: str,
 def test_a_finished_stage_does_not_pass_for_one_of_other_data(what: str, base: Path, tmp_path: Path) -> None:
     data = write_pictures(tmp_path / "data")
     validation = shutil.copytree(data, tmp_path / "validation")
-    command = ("foster", write_recipe(tmp_path, base, data), f"data.validation_path={validation}", "--arm", "lora")
+    command = ("foster", write_recipe(tmp_path, base, data), f"data.validation_path={validation}", "--variant", "lora")
     assert call(*command).code == 0
     if what == "caption":
         (data / "03.txt").write_text("another thing")
@@ -482,8 +504,8 @@ def test_a_finished_stage_does_not_pass_for_one_of_other_data(what: str, base: P
 
 
 def test_other_intervals_are_measured_anew(copied: Run) -> None:
-    shutil.rmtree(copied.out / "arms")
-    outcome = call("run", copied.recipe, "experts.scales.0.intervals=2")
+    shutil.rmtree(copied.out / "variants")
+    outcome = call("run", copied.recipe, "method.experts.scales.0.intervals=2")
     assert outcome.code == 0, outcome.err
     assert {len(result["interval_losses"]) for result in copied.results} == {2}
 
@@ -494,17 +516,20 @@ def test_other_intervals_are_measured_anew(copied: Run) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["foster.max_step=3"], "recipe.foster.max_step: unknown key; did you mean 'max_train_steps'?"),
-        (["experts.scales.5.rank=3"], "override 'experts.scales.5.rank=3'"),
+        (["method.max_step=3"], "recipe.method.max_step: unknown key; did you mean 'max_train_steps'?"),
+        (["method.experts.scales.5.rank=3"], "override 'method.experts.scales.5.rank=3'"),
         (["seed"], "an override reads key=value; got 'seed'"),
         (["pretrained_model_name_or_path=/nowhere/at/all"], "cannot load a pipeline from '/nowhere/at/all'"),
         (["device=banana"], "recipe.device: "),
         (["data.path={empty}"], "no usable captioned picture in"),
         (["data.validation_share=0.00001"], "leaves no validation picture"),
-        (["experts.target_modules=[to_nowhere]"], "target modules ['to_nowhere'] match no layer"),
-        (["arms.lora.experts.target_modules=[to_nowhere]"], "target modules ['to_nowhere'] match no layer"),
-        (["experts.scales.0={{boundaries: [0, 500]}}"], "end at 500; this base model has 1000 timesteps"),
-        (["arms.lora.experts.scales.0={{boundaries: [0, 500]}}"], "end at 500; this base model has 1000 timesteps"),
+        (["method.experts.target_modules=[to_nowhere]"], "target modules ['to_nowhere'] match no layer"),
+        (["variants.lora.method.experts.target_modules=[to_nowhere]"], "target modules ['to_nowhere'] match no layer"),
+        (["method.experts.scales.0={{boundaries: [0, 500]}}"], "end at 500; this base model has 1000 timesteps"),
+        (
+            ["variants.lora.method.experts.scales.0={{boundaries: [0, 500]}}"],
+            "end at 500; this base model has 1000 timesteps",
+        ),
         (["evaluation.scheduler=Nope"], "no scheduler 'Nope'"),
         (["evaluation.prompts={empty}/prompts.txt"], "recipe.evaluation.prompts: no file"),
         (["evaluation.judge=scenes"], "not a caption of the embedded world"),
@@ -516,7 +541,7 @@ def test_a_run_that_cannot_end_well_does_not_start(
     (tmp_path / "empty").mkdir()
     recipe = write_recipe(tmp_path, base, finished.data)
     assert message in refused("run", recipe, *(text.format(empty=tmp_path / "empty") for text in overrides))
-    assert not (tmp_path / "out" / "arms").exists()
+    assert not (tmp_path / "out" / "variants").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
@@ -536,7 +561,7 @@ def test_a_dry_run_prints_what_training_would_train(base: Path, tmp_path: Path) 
     outcome = call("run", recipe, "--dry-run")
     experts, routers = attached_parameters(4, 1)
     stages = [cells[:7] for cells in (row(outcome, "main", name) for name in ("foster-joint", "assemble"))]
-    # columns: arm, stage, experts, trained, steps, samples per expert, samples; the one context meets all samples
+    # columns: variant, stage, experts, trained, steps, samples per expert, samples; the one context meets all samples
     assert stages[0] == ["main", "foster-joint", "5", f"{experts:,}", "2", "4 to 16", "16"]
     assert stages[1][3:5] == [f"{routers:,}", "2"]
     assert row(outcome, "lora")[2:7] == ["1", f"{attached_parameters(1)[0]:,}", "2", "4", "4"]
@@ -550,16 +575,18 @@ def test_a_dry_run_prints_what_training_would_train(base: Path, tmp_path: Path) 
 
 
 def test_a_dry_run_counts_every_scale_by_itself(base: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, base, tmp_path / "no-data-needed", arms={})
-    outcome = call("foster", recipe, "--dry-run", "foster.method=independent", "experts.scales.0.max_train_steps=5")
+    recipe = write_recipe(tmp_path, base, tmp_path / "no-data-needed", variants={})
+    outcome = call(
+        "foster", recipe, "--dry-run", "method.schedule=independent", "method.experts.scales.0.max_train_steps=5"
+    )
     for number, steps in ((4, 5), (1, 2)):
         cells = row(outcome, "main", f"foster-n{number}")
         assert cells[2:5] == [str(number), f"{attached_parameters(number)[0]:,}", str(steps)]
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_of_one_arm(base: Path, tmp_path: Path) -> None:
-    outcome = call("foster", write_recipe(tmp_path, base, tmp_path), "--arm", "lora", "--dry-run")
+def test_a_dry_run_of_one_variant(base: Path, tmp_path: Path) -> None:
+    outcome = call("foster", write_recipe(tmp_path, base, tmp_path), "--variant", "lora", "--dry-run")
     assert row(outcome, "lora")[4] == "2"
     assert "main" not in outcome.out
 
@@ -568,4 +595,4 @@ def test_a_dry_run_needs_a_base_it_can_read(base: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tmp_path / "nowhere", tmp_path)
     assert f"cannot load a pipeline from '{tmp_path / 'nowhere'}'" in refused("run", recipe, "--dry-run")
     recipe = write_recipe(tmp_path, base, tmp_path)
-    assert "match no layer" in refused("run", recipe, "--dry-run", "experts.target_modules=[to_nowhere]")
+    assert "match no layer" in refused("run", recipe, "--dry-run", "method.experts.target_modules=[to_nowhere]")

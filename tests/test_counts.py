@@ -62,7 +62,7 @@ def test_attention_experts_of_rank_4(stable_diffusion):
 
 def test_distillation_targets_are_those_of_the_recipe():
     recipe = yaml.safe_load((Path(__file__).parents[1] / "recipes/papers/dmd2_sd15.yaml").read_text(encoding="utf-8"))
-    assert sorted(recipe["experts"]["target_modules"]) == sorted(DMD2)
+    assert sorted(recipe["method"]["experts"]["target_modules"]) == sorted(DMD2)
 
 
 def test_distillation_targets_are_182_linear_layers_and_96_convolutions(stable_diffusion):

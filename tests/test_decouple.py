@@ -31,6 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SECTION: dict[str, Any] = {
+    "kind": "decouple",
     "intervals": 2,
     "max_train_steps": [3, 2],
     "train_batch_size": 4,
@@ -40,17 +41,13 @@ SECTION: dict[str, Any] = {
 
 
 def recipe_of(home: Path, base: Path, data: Path, **changes: Any) -> Path:
-    path = write_recipe(home, base, data, decouple=SECTION | changes, training={"logging_steps": 1})
-    text = path.read_text()
-    start, end = text.index("experts:"), text.index("evaluation:")
-    path.write_text(text[:start] + text[end : text.index("arms:")] + text[text.index("decouple:") :])
-    return path
+    return write_recipe(home, base, data, method=SECTION | changes, training={"logging_steps": 1}, variants={})
 
 
 def decoupled(home: Path, base: Path, data: Path, *arguments: object, **changes: Any) -> Path:
     outcome = call("decouple", recipe_of(home, base, data, **changes), *arguments)
     assert outcome.code == 0, outcome.err
-    return home / "out" / "decoupled"
+    return home / "out" / "variants" / "main" / "decoupled"
 
 
 @pytest.fixture(scope="module")
@@ -114,15 +111,15 @@ def test_the_same_command_again_trains_nothing(base: Path, data: Path, tmp_path:
     assert call("decouple", tmp_path / "home" / "out" / "recipe.yaml").code == 0  # the resolved recipe is a recipe
     # another range's budget is not this one's concern; this one's is
     recipe = tmp_path / "home" / "recipe.yaml"
-    assert call("decouple", recipe, "decouple.max_train_steps=[3,5]", "--range", 0).code == 0
-    assert "max_train_steps: stored 3, now 4" in refused("decouple", recipe, "decouple.max_train_steps=[4,2]")
+    assert call("decouple", recipe, "method.max_train_steps=[3,5]", "--range", 0).code == 0
+    assert "max_train_steps: stored 3, now 4" in refused("decouple", recipe, "method.max_train_steps=[4,2]")
 
 
 def test_a_dry_run_counts_a_copy(base: Path, data: Path, tmp_path: Path) -> None:
     outcome = call("decouple", recipe_of(tmp_path, base, data, projection="foldable"), "--dry-run")
     parameters = sum(p.numel() for p in tiny_unet().parameters()) + 8**2 + 3 * 16**2 + 8**2
-    assert row(outcome, "decouple", "decouple-0")[2:7] == ["1", f"{parameters:,}", "3", "12", "12"]
-    assert row(outcome, "decouple", "decouple-1")[4] == "2"
+    assert row(outcome, "main", "decouple-0")[2:7] == ["1", f"{parameters:,}", "3", "12", "12"]
+    assert row(outcome, "main", "decouple-1")[4] == "2"
     assert not (tmp_path / "out").exists()
 
 
@@ -274,18 +271,18 @@ def test_a_base_without_text_is_decoupled_merged_and_drawn(data: Path, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["decouple.lambda=1"], "recipe.decouple.lambda: unknown key"),
-        (["decouple.consistancy=1"], "recipe.decouple.consistancy: unknown key; did you mean 'consistency'?"),
-        (["decouple.full_range_probability=1.5"], "recipe.decouple.full_range_probability: "),
-        (["decouple.weighting=snr"], "recipe.decouple.weighting: "),
-        (["decouple.boundaries=[0,500,1000]"], "give either intervals or boundaries"),
+        (["method.lambda=1"], "recipe.method.lambda: unknown key"),
+        (["method.consistancy=1"], "recipe.method.consistancy: unknown key; did you mean 'consistency'?"),
+        (["method.full_range_probability=1.5"], "recipe.method.full_range_probability: "),
+        (["method.weighting=snr"], "recipe.method.weighting: "),
+        (["method.boundaries=[0,500,1000]"], "give either intervals or boundaries"),
         (
-            ["decouple.intervals=null", "decouple.boundaries=[0,500,900]"],
+            ["method.intervals=null", "method.boundaries=[0,500,900]"],
             "boundaries end at 900; this base model has",
         ),
-        (["decouple.intervals=null", "decouple.boundaries=[100,500,1000]"], "must ascend from 0"),
-        (["decouple.max_train_steps=[1,2,3]"], "2 ranges need as many values of max_train_steps; got 3"),
-        (["decouple.trainable=nothing"], "trainable: 'nothing' matches no parameter"),
+        (["method.intervals=null", "method.boundaries=[100,500,1000]"], "must ascend from 0"),
+        (["method.max_train_steps=[1,2,3]"], "2 ranges need as many values of max_train_steps; got 3"),
+        (["method.trainable=nothing"], "trainable: 'nothing' matches no parameter"),
         (["--range", "2"], "there is no range 2: this recipe has 2, from 0 to 1"),
         (["training.base_quantization=bitsandbytes-8bit"], "a quantised base cannot be copied and trained"),
     ],
@@ -306,8 +303,10 @@ def test_a_search_refuses_projections_beside_the_weights(run: Path, base: Path, 
 
 def test_recipes_of_the_other_kind_are_sent_on(base: Path, data: Path, tmp_path: Path) -> None:
     message = refused("foster", recipe_of(tmp_path / "full", base, data))
-    assert message == "recipe.experts: this recipe has none to train; the command for its full copies is decouple"
-    assert "recipe.decouple: this recipe has no such section" in refused(
+    assert message == (
+        "recipe.method.kind: this command trains variants of kind foster; of this recipe it would take main (decouple)"
+    )
+    assert "trains variants of kind decouple; of this recipe it would take main (foster)" in refused(
         "decouple", write_recipe(tmp_path / "low", base, data)
     )
 
@@ -327,7 +326,7 @@ def test_what_is_no_ensemble_is_said(run: Path, base: Path, tmp_path: Path) -> N
         "sample", run, "--prompt", "a", "--resident", "all"
     )
     assert "mode 'switch' is for bundles" in refused("sample", "--ensemble", run, "--prompt", "a", "--mode", "switch")
-    assert "folding is for bundles" in refused("sample", "--ensemble", run, "--prompt", "a", "--folded")
+    assert "fusing is for bundles" in refused("sample", "--ensemble", run, "--prompt", "a", "--fused")
     with pytest.raises(ValueError, match="is no expert's folder: the metadata of its weights lacks"):
         read_record(base / "unet")
 
@@ -335,5 +334,5 @@ def test_what_is_no_ensemble_is_said(run: Path, base: Path, tmp_path: Path) -> N
 def test_an_experts_record_says_how_it_was_made(run: Path) -> None:
     record = read_record(run / "range-1" / "expert")
     assert (record.index, record.boundaries) == (1, (0.0, 500.0, 1000.0))
-    assert record.provenance["recipe"]["decouple"]["consistency"] == 1.0
+    assert record.provenance["recipe"]["method"]["consistency"] == 1.0
     assert json.dumps(record.provenance)

@@ -38,7 +38,7 @@ def scripts() -> Iterator[SimpleNamespace]:
     with pytest.MonkeyPatch.context() as patch:
         for folder in ("benchmarks", "scripts"):
             patch.syspath_prepend(str(ROOT / folder))
-        names = ("deme", "deme_arms", "picture_features", "export_cifar10", "pretrain_base", "tiny_bases")
+        names = ("deme", "deme_variants", "picture_features", "export_cifar10", "pretrain_base", "tiny_bases")
         yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
         for name in names:
             sys.modules.pop(name)
@@ -89,7 +89,13 @@ def home(scripts: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> 
             "flip": True,
             "caption_dropout": 0,
         },
-        "decouple": {"intervals": 2, "max_train_steps": list(STEPS), "train_batch_size": BATCH, "learning_rate": 1e-3},
+        "method": {
+            "kind": "decouple",
+            "intervals": 2,
+            "max_train_steps": list(STEPS),
+            "train_batch_size": BATCH,
+            "learning_rate": 1e-3,
+        },
         "evaluation": {
             "num_pictures": 4,
             "bins_per_interval": 1,
@@ -116,7 +122,7 @@ def rows(scripts: SimpleNamespace, home: Path) -> list[dict[str, object]]:
 
 
 def test_every_row_is_measured(rows: list[dict[str, object]], scripts: SimpleNamespace, home: Path) -> None:
-    assert [row["label"] for row in rows] == [row.label for row in scripts.deme_arms.ROWS]
+    assert [row["label"] for row in rows] == [row.label for row in scripts.deme_variants.ROWS]
     for row in rows:
         assert len(row["ranges"]) == 2
         for value in (row["loss"], row["frechet"], row["frechet_of_real"], *row["ranges"], *(row["weights"] or [])):
@@ -162,7 +168,7 @@ def test_going_on_gives_the_same_rows(
     run = home / "run" / "seed-0"
     (run / "rows" / "p2.json").unlink()
     (run / "searches" / "finetunes-searched-mean-2.json").unlink()
-    (run / "experts" / "decoupled" / "range-1" / "result.safetensors").unlink()
+    (run / "experts" / "variants" / "main" / "decoupled" / "range-1" / "result.safetensors").unlink()
     measured, real = [], scripts.deme._measure_model
 
     def counted(recipe: Recipe, settings: object, served: list[Path]) -> object:
@@ -198,25 +204,22 @@ def test_choosing_and_reporting_share_no_picture(scripts: SimpleNamespace, home:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("decouple=null", "recipe.decouple: this recipe has no such section"),
-        ("decouple.intervals=1", "one range is the plain finetune"),
-        ("decouple.projection=paper", "which a search cannot merge; use foldable or off"),
+        ("method={kind: foster, experts: {scales: [{intervals: 1}]}}", "decouple is what is compared here; got foster"),
+        ("method.intervals=1", "one range is the plain finetune"),
+        ("method.projection=paper", "which a search cannot merge; use foldable or off"),
         ("data.validation_path=null", "name the folder of pictures that weights are chosen by"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(override: str, message: str, scripts: SimpleNamespace, home: Path) -> None:
-    extra = ["decouple.max_train_steps=2", 'experts={"scales": [{"intervals": 1}]}']
-    recipe = load_recipe(
-        home / "recipe.yaml", [*extra, override] if override != "decouple=null" else [extra[1], override]
-    )
+    recipe = load_recipe(home / "recipe.yaml", ["method.max_train_steps=2", override])
     with pytest.raises(ValueError, match=message):
-        scripts.deme_arms.check(recipe)
+        scripts.deme_variants.check(recipe)
 
 
 def test_the_recipes_rivals_get_the_updates_of_all_experts(scripts: SimpleNamespace) -> None:
     recipe = load_recipe(ROOT / "recipes" / "cifar10.yaml")
-    groups = scripts.deme_arms.copies(recipe, seed=1)
-    totals = {name: scripts.deme_arms.training_of(group) for name, group in groups.items()}
+    groups = scripts.deme_variants.copies(recipe, seed=1)
+    totals = {name: scripts.deme_variants.training_of(group) for name, group in groups.items()}
     assert len({(total["total_updates"], total["samples"]) for total in totals.values()}) == 1
     assert len(groups["finetunes"]) == len(groups["experts"]) == 4
     seeds = [copy.recipe.seed for group in groups.values() for copy in group]

@@ -15,11 +15,12 @@ from tiny import PIPELINES
 
 from conftest import tiny_pipeline
 from test_cli import TARGETS, call
+from test_cli import write_recipe as write_fostering_recipe
 from timestep_experts.config import load_recipe
 from timestep_experts.formats import load_bundle
 from timestep_experts.inference import sample
-from timestep_experts.jobs.draw import DrawSettings, draw
-from timestep_experts.jobs.plan import make_plan
+from timestep_experts.jobs.methods import methods_of
+from timestep_experts.jobs.sample import SampleOptions, sample_bundle
 
 # of numpy, met in the schedulers of diffusers
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -36,18 +37,23 @@ def write_recipe(home: Path, base: Path, data: Path, /, **changes: Any) -> Path:
         "resolution": 16,
         "device": "cpu",
         "data": {"path": str(data), "validation_share": 0.4, "caption_dropout": 0},
-        "experts": {"target_modules": TARGETS, "scales": [{"intervals": 4, "rank": 2}, {"intervals": 1, "rank": 2}]},
-        "distill": {
+        "method": {
+            "kind": "distill",
+            "experts": {
+                "target_modules": TARGETS,
+                "scales": [{"intervals": 4, "rank": 2}, {"intervals": 1, "rank": 2}],
+            },
             "max_train_steps": 2,
             "train_batch_size": 1,
             "learning_rate": 1e-3,
             "generator_interval": 1,
             "gan": {"max_train_steps": 1, "train_batch_size": 1, "learning_rate": 1e-3},
+            "assemble": {"max_train_steps": 1, "train_batch_size": 4, "learning_rate": 1e-3},
         },
-        "assemble": {"max_train_steps": 1, "train_batch_size": 4, "learning_rate": 1e-3},
         "evaluation": {"num_pictures": 2, "bins_per_interval": 1, "num_prompts": 2, "num_inference_steps": 2},
         "training": {"preview_pictures": 1},
     }
+    document["method"] |= changes.pop("method", {})
     home.mkdir(exist_ok=True)
     path = home / "recipe.yaml"
     path.write_text(yaml.safe_dump(document | changes, sort_keys=False))
@@ -64,14 +70,14 @@ def finished(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_a_run_distils_assembles_and_measures(finished: Path) -> None:
-    arm = finished / "out" / "arms" / "main"
-    stages = {path.parent.name for path in arm.glob("*/result.safetensors")}
+    home = finished / "out" / "variants" / "main"
+    stages = {path.parent.name for path in home.glob("*/result.safetensors")}
     assert stages == {f"distill-{expert}{ending}" for expert in EXPERTS for ending in ("", "-gan")} | {"assemble"}
-    rows = [(row["arm"], row["mode"]) for row in json.loads((finished / "out" / "results.json").read_text())]
+    rows = [(row["variant"], row["mode"]) for row in json.loads((finished / "out" / "results.json").read_text())]
     assert rows == [("base", "off"), ("main", "switch"), ("main", "route")]
-    assert "whatever the base is drawn with" in (finished / "out" / "report.html").read_text()
-    assert list((arm / "distill-n4.2-gan" / "previews").glob("*.png"))
-    log = [json.loads(line) for line in (arm / "distill-n4.2-gan" / "log.jsonl").read_text().splitlines()]
+    assert "whatever the base uses" in (finished / "out" / "report.html").read_text()
+    assert list((home / "distill-n4.2-gan" / "previews").glob("*.png"))
+    log = [json.loads(line) for line in (home / "distill-n4.2-gan" / "log.jsonl").read_text().splitlines()]
     assert {"loss", "loss/discriminator", "loss/generator_adversarial", "matching_gradient"} <= log[-1].keys()
 
 
@@ -82,21 +88,22 @@ def test_samples_of_a_mode_are_those_of_what_it_uses(finished: Path) -> None:
 
 
 def test_the_bundle_holds_the_mixture_alone_and_says_how_it_draws(finished: Path) -> None:
-    arm = finished / "out" / "arms" / "main"
-    bundle = load_bundle(arm / "bundle")
+    home = finished / "out" / "variants" / "main"
+    bundle = load_bundle(home / "bundle")
     assert bundle.mode == "route"
     assert all(".experts." in name or ".router." in name for name in bundle.tensors)
-    sampling = {"scheduler": "LCMScheduler", "timesteps": [999, 749, 499, 249], "guidance_scale": 1.0}
-    assert bundle.provenance["sampling"] == sampling
+    sampling = bundle.sampling
+    assert (sampling.scheduler, sampling.timesteps) == ("LCMScheduler", (999, 749, 499, 249))
+    assert (sampling.guidance_scale, sampling.resolution) == (1.0, (16, 16))
     for index, expert in enumerate(("n4.0", "n4.1", "n4.2", "n4.3")):
-        for name, tensor in load_file(arm / f"distill-{expert}-gan" / "result.safetensors").items():
+        for name, tensor in load_file(home / f"distill-{expert}-gan" / "result.safetensors").items():
             if name.startswith("generator."):
                 assert torch.equal(bundle.tensors[name.removeprefix("generator.")][index], tensor)
 
 
 def test_the_same_command_again_trains_nothing(finished: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in (finished / "out").rglob("*/result.safetensors")}
-    bundle = {path: path.read_bytes() for path in (finished / "out").glob("arms/*/bundle/*")}
+    bundle = {path: path.read_bytes() for path in (finished / "out").glob("variants/*/bundle/*")}
     for command in ("distill", "assemble"):
         outcome = call(command, finished / "recipe.yaml")
         assert outcome.code == 0, outcome.err
@@ -108,24 +115,27 @@ def test_one_expert_after_the_other_is_a_run(base: Path, data: Path, finished: P
     recipe = write_recipe(tmp_path / "one", base, data)
     early = call("distill", recipe, "--expert", "n4.2")
     assert early.code == 2
-    assert "expert n4.2 learns from what the experts before it draw, and distill-n4.3, distill-n4.3-gan is" in early.err
+    assert (
+        "expert n4.2 learns from what the experts before it generate, and distill-n4.3, distill-n4.3-gan is"
+        in early.err
+    )
     early = call("assemble", recipe)
-    assert (early.code, "arm 'main' is not distilled yet" in early.err) == (2, True)
+    assert (early.code, "variant 'main' is not distilled yet" in early.err) == (2, True)
     for expert in EXPERTS:
         outcome = call("distill", recipe, "--expert", expert)
         assert outcome.code == 0, outcome.err
         assert ("still to be distilled" in outcome.out) == (expert != "n1.0")
     for name in ("distill-n4.0-gan", "distill-n1.0-gan"):
         one, whole = (
-            home / "out" / "arms" / "main" / name / "result.safetensors" for home in (tmp_path / "one", finished)
+            home / "out" / "variants" / "main" / name / "result.safetensors" for home in (tmp_path / "one", finished)
         )
         assert one.read_bytes() == whole.read_bytes()
-    assert load_bundle(tmp_path / "one" / "out" / "arms" / "main" / "bundle").mode == "switch"
+    assert load_bundle(tmp_path / "one" / "out" / "variants" / "main" / "bundle").mode == "switch"
 
 
 def test_experts_of_real_inputs_need_no_others(base: Path, data: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, base, data)
-    outcome = call("distill", recipe, "distill.inputs=real", "--expert", "n4.1")
+    outcome = call("distill", recipe, "method.inputs=real", "--expert", "n4.1")
     assert outcome.code == 0, outcome.err
     made = {path.parent.name for path in (tmp_path / "out").rglob("result.safetensors")}
     assert made == {"distill-n4.1", "distill-n4.1-gan"}
@@ -134,13 +144,13 @@ def test_experts_of_real_inputs_need_no_others(base: Path, data: Path, tmp_path:
 def test_a_generator_is_drawn_with_in_its_own_steps(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle, seen = finished / "out" / "arms" / "main" / "bundle", []
+    bundle, seen = finished / "out" / "variants" / "main" / "bundle", []
 
     def look(pipeline: Any, prompts: Any, settings: Any, **options: Any) -> Any:
         seen.append((settings.scheduler, settings.num_inference_steps, settings.guidance_scale, settings.timesteps))
         return sample(pipeline, prompts, settings, **options)
 
-    monkeypatch.setattr("timestep_experts.jobs.draw.sample", look)
+    monkeypatch.setattr("timestep_experts.jobs.sample.sample", look)
     own = ("LCMScheduler", 4, 1.0, (999, 749, 499, 249))
     for options, expected, calls in (
         ({}, own, 4),
@@ -149,7 +159,7 @@ def test_a_generator_is_drawn_with_in_its_own_steps(
         ({"scheduler": "DDIMScheduler"}, ("DDIMScheduler", 4, 1.0, None), 4),
         ({"mode": "off"}, (None, 20, 3.0, None), 20),
     ):
-        _, cost = draw(bundle, ["a red star"], tmp_path / str(len(seen)), DrawSettings(**options))
+        _, cost = sample_bundle(bundle, ["a red star"], tmp_path / str(len(seen)), SampleOptions(**options))
         assert seen[-1] == expected
         assert cost.num_denoiser_calls == calls
     outcome = call("sample", bundle, "--prompt", "a red star", "--output", tmp_path / "cli")
@@ -160,11 +170,11 @@ def test_a_generator_is_drawn_with_in_its_own_steps(
 
 def test_another_distillation_is_refused_by_name(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "out", tmp_path / "out")
-    options = [f"output_dir={tmp_path / 'out'}", "distill.guidance_scale=3"]
+    options = [f"output_dir={tmp_path / 'out'}", "method.guidance_scale=3"]
     outcome = call("distill", finished / "recipe.yaml", *options)
     assert outcome.code == 2
     assert "holds a run with other settings" in outcome.err
-    assert "'guidance_scale': 1.75" in outcome.err
+    assert "guidance_scale: stored 1.75, now 3.0" in outcome.err
 
 
 # Plans and refusals
@@ -173,7 +183,7 @@ def test_another_distillation_is_refused_by_name(finished: Path, tmp_path: Path)
 def test_the_papers_recipe_is_planned(tmp_path: Path) -> None:
     PIPELINES["sd"]().save_pretrained(tmp_path)
     recipe = load_recipe(PAPER, [f"pretrained_model_name_or_path={tmp_path}"])
-    plan = {(stage.arm, stage.stage): stage for stage in make_plan(recipe)}
+    plan = {(stage.variant, stage.stage): stage for method in methods_of(recipe) for stage in method.plan()}
     names = [f"distill-{expert}{ending}" for expert in EXPERTS for ending in ("", "-gan")]
     lora = [("lora", "distill-n1.0"), ("lora", "distill-n1.0-gan")]
     assert list(plan) == [*(("main", name) for name in [*names, "assemble"]), *lora]
@@ -190,23 +200,23 @@ def test_the_papers_recipe_is_planned(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"experts": {"scales": []}}, "recipe.experts.scales"),
-        ({"distill": {"timesteps": [999, 749, 499, 251]}}, "expert n4.0 of [0, 250) would never be used"),
-        ({"distill": {"timesteps": [249, 999]}}, "must descend from at most 999 to at least 1"),
-        ({"distill": {"timestep": [999]}}, "recipe.distill.timestep: unknown key; did you mean 'timesteps'?"),
-        ({"distill": {"gan": {"weight": 1}}}, "recipe.distill.gan.weight: unknown key"),
-        ({"foster": {}}, "give foster or distill, not both"),
+        ({"method": {"experts": {"scales": []}}}, "recipe.method.experts.scales"),
+        ({"method": {"timesteps": [999, 749, 499, 251]}}, "expert n4.0 of [0, 250) would never be used"),
+        ({"method": {"timesteps": [249, 999]}}, "must descend from at most 999 to at least 1"),
+        ({"method": {"timestep": [999]}}, "recipe.method.timestep: unknown key; did you mean 'timesteps'?"),
+        ({"method": {"gan": {"weight": 1}}}, "recipe.method.gan.weight: unknown key"),
+        ({"method": {"kind": "foster"}}, "recipe.method.generator_interval: unknown key"),
         ({"training": {"base_quantization": "bitsandbytes-8bit"}}, "training.base_quantization must be null"),
         (
-            {"distill": {"gan": None}, "experts": {"scales": [{"intervals": 4, "gan_train_steps": 3}]}},
-            "gan_train_steps is of distill.gan",
+            {"method": {"gan": None, "experts": {"scales": [{"intervals": 4, "gan_train_steps": 3}]}}},
+            "gan_train_steps belongs to gan, which is null here",
         ),
         (
-            {"experts": {"scales": [{"intervals": 4, "gan_train_steps": [3, 3]}]}},
+            {"method": {"experts": {"scales": [{"intervals": 4, "gan_train_steps": [3, 3]}]}}},
             "4 experts need as many values of gan_",
         ),
         (
-            {"experts": {"scales": [{"intervals": 4}], "text_target_modules": ["q_proj"]}},
+            {"method": {"experts": {"scales": [{"intervals": 4}], "text_target_modules": ["q_proj"]}}},
             "experts of the denoiser alone, and text_encoder carry some too",
         ),
     ],
@@ -230,10 +240,10 @@ def test_a_base_that_predicts_velocity_is_refused_before_anything_is_written(dat
 
 def test_commands_of_the_other_kind_are_refused(base: Path, data: Path, tmp_path: Path) -> None:
     outcome = call("foster", write_recipe(tmp_path / "a", base, data))
-    assert "arm 'main' is distilled, not fostered: use the command distill" in " ".join(outcome.err.split())
-    fostered = write_recipe(tmp_path / "b", base, data, distill=None, foster={"max_train_steps": 1})
-    outcome = call("distill", fostered, "--arm", "main")
+    assert "of kind foster; of this recipe it would take main (distill)" in " ".join(outcome.err.split())
+    fostered = write_fostering_recipe(tmp_path / "b", base, data)
+    outcome = call("distill", fostered, "--variant", "main")
     assert outcome.code == 2
-    assert "this recipe distils nothing" in outcome.err
+    assert "of kind distill; of this recipe it would take main (foster)" in " ".join(outcome.err.split())
     outcome = call("distill", write_recipe(tmp_path / "c", base, data), "--expert", "n4.4")
-    assert "--expert n4.4: there is none of that name; this arm has n4.3, n4.2, n4.1, n4.0, n1.0" in outcome.err
+    assert "there is no expert n4.4; this variant has n4.3, n4.2, n4.1, n4.0, n1.0" in outcome.err

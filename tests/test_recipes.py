@@ -12,7 +12,7 @@ from tiny import PIPELINES
 from tiny_video import tiny_video_crafter, tiny_wan
 
 from timestep_experts.config import load_recipe
-from timestep_experts.jobs.plan import make_decouple_plan, make_plan
+from timestep_experts.jobs.methods import methods_of
 from timestep_experts.models.video_crafter import fold_fps
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -60,29 +60,30 @@ def test_a_papers_recipe_fits_its_base(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(FOLDER / "papers" / f"{name}.yaml", [f"pretrained_model_name_or_path={tmp_path}"])
     fine, coarse = SCALES.get(name, (8, 1))
     samples = SAMPLES.get(name, 4000 * 64)
-    plan = make_plan(recipe)
+    plan = [stage for method in methods_of(recipe) for stage in method.plan()]
     assert [stage.stage for stage in plan] == [f"foster-n{fine}", f"foster-n{coarse}", "assemble"]
     assert [stage.samples_per_expert for stage in plan] == [(samples, samples)] * 3
     text_groups = 2 if name == "sd3_medium" else 1  # text encoders at a rate of their own
     assert [stage.num_experts for stage in plan[:2]] == [fine * text_groups, coarse * text_groups]
     if name != "wan22":  # where experts sit in one of two transformers
         assert plan[0].trainable * coarse == plan[1].trainable * fine
-    assert (recipe.experts.text_target_modules is None) == (name in WITHOUT_TEXT)
+    assert (recipe.method.experts.text_target_modules is None) == (name in WITHOUT_TEXT)
 
 
 @pytest.mark.parametrize("name", DECOUPLED)
 def test_a_papers_recipe_of_full_copies_fits_its_base(name: str, tmp_path: Path) -> None:
     DECOUPLED[name]().save_pretrained(tmp_path)
     recipe = load_recipe(FOLDER / "papers" / f"{name}.yaml", [f"pretrained_model_name_or_path={tmp_path}"])
-    plan = make_decouple_plan(recipe)
+    plan = [stage for method in methods_of(recipe) for stage in method.plan()]
     assert [stage.stage for stage in plan] == [f"decouple-{index}" for index in range(4)]
     assert {(stage.steps, stage.samples) for stage in plan} == {(20_000, 20_000 * 64)}
 
 
 def test_the_shipped_base_can_be_planned(tmp_path: Path) -> None:
-    plan = make_plan(load_recipe(FOLDER / "quickstart.yaml", [f"output_dir={tmp_path}"]))
-    stored = {stage.arm: stage.trainable for stage in plan if stage.stage == "foster-joint"}
+    recipe = load_recipe(FOLDER / "quickstart.yaml", [f"output_dir={tmp_path}"])
+    plan = [stage for method in methods_of(recipe) for stage in method.plan()]
+    stored = {stage.variant: stage.trainable for stage in plan if stage.stage == "foster-joint"}
     assert stored["main"] == stored["lora-r32"] == 8 * stored["lora-r4"]  # parameter-matched
-    samples = {stage.arm: stage.samples for stage in plan if stage.stage == "foster-joint"}
+    samples = {stage.variant: stage.samples for stage in plan if stage.stage == "foster-joint"}
     assert samples["main"] == samples["lora-r4-x8"] == samples["lora-r18-x8"] == samples["lora-r32-x8"]  # and compute
     assert samples["main"] == 8 * samples["lora-r4"]

@@ -44,18 +44,18 @@ HOSTILE = "<script>alert(1)</script> & $x$ \"quoted\" 'too'"
 VOID = {"meta", "img", "br", "link", "input"}
 
 
-def result(arm: str, losses: Sequence[float], mode: str = "switch", **changes: object) -> Result:
-    parameters = ParameterCount(0, 0, 0) if arm == "base" else ParameterCount(4096, 1024, 4096)
+def result(variant: str, losses: Sequence[float], mode: str = "switch", **changes: object) -> Result:
+    parameters = ParameterCount(0, 0, 0) if variant == "base" else ParameterCount(4096, 1024, 4096)
     row = Result(
-        arm=arm,
-        mode="off" if arm == "base" else mode,
+        variant=variant,
+        mode="off" if variant == "base" else mode,
         curve=LossCurve(INTERVALS, tuple(losses), (0.01,) * len(losses)),
         interval_losses=tuple(losses),
         verdict=None,
         frechet=None,
         parameters=parameters,
-        num_images_seen=0 if arm == "base" else 32_000,
-        seconds=0.0 if arm == "base" else 61.0,
+        num_images_seen=0 if variant == "base" else 32_000,
+        seconds=0.0 if variant == "base" else 61.0,
         gates=(),
     )
     return replace(row, **changes)  # type: ignore[arg-type]
@@ -146,7 +146,7 @@ def test_report_fetches_nothing(tmp_path: Path) -> None:
 
 
 def test_report_ids_are_unique_and_every_inner_link_has_its_target(tmp_path: Path) -> None:
-    other = replace(ROUTED, arm="other", gates=(gates(MODULES[:2]),))  # a scale of the same name
+    other = replace(ROUTED, variant="other", gates=(gates(MODULES[:2]),))  # a scale of the same name
     page = write(tmp_path, content((BASE, PLAIN, ROUTED, other)))
     ids = page.values("id")
     assert len(set(ids)) == len(ids)
@@ -156,7 +156,7 @@ def test_report_ids_are_unique_and_every_inner_link_has_its_target(tmp_path: Pat
 
 
 def test_report_escapes_what_others_wrote(tmp_path: Path) -> None:
-    hostile = replace(ROUTED, arm=HOSTILE, gates=(gates([f"{HOSTILE}.{i}" for i in range(3)]),))
+    hostile = replace(ROUTED, variant=HOSTILE, gates=(gates([f"{HOSTILE}.{i}" for i in range(3)]),))
     shown = replace(
         content((BASE, PLAIN, hostile)),
         title=HOSTILE,
@@ -305,7 +305,7 @@ def test_terminal_tables_fit_120_columns() -> None:
     row = replace(row, curve=LossCurve(partition.intervals, losses, losses), seconds=12_345.6)
     row = replace(row, parameters=ParameterCount(9_876_543, 9_876_543, 9_876_543))
     for make in (results_table, interval_table):
-        lines = terminal(make([row, replace(row, arm="main")], partition.intervals))
+        lines = terminal(make([row, replace(row, variant="main")], partition.intervals))
         assert max(map(len, lines)) <= 120
         assert "…" not in "".join(lines)
         assert len([line for line in lines if line.startswith(" coarse-to-fine, switch ")]) == 1
@@ -315,7 +315,8 @@ def test_terminal_tables_fit_120_columns() -> None:
 
 def test_tables_survive_square_brackets_in_a_name() -> None:
     assert any(
-        "[bold]x[/], switch" in line for line in terminal(results_table([replace(PLAIN, arm="[bold]x[/]")], INTERVALS))
+        "[bold]x[/], switch" in line
+        for line in terminal(results_table([replace(PLAIN, variant="[bold]x[/]")], INTERVALS))
     )
 
 
@@ -362,7 +363,7 @@ def test_training_curves_skip_records_without_losses() -> None:
 
 
 def test_line_styles_tell_arms_by_colour_and_modes_by_dash() -> None:
-    names = ["base", *(f"arm{i}, {mode}" for i in range(10) for mode in ("switch", "route"))]
+    names = ["base", *(f"variant{i}, {mode}" for i in range(10) for mode in ("switch", "route"))]
     styles = line_styles(names, "base")
     assert len({(style.colour, str(style.dash)) for style in styles.values()}) == len(names)
     assert styles["arm0, switch"].colour == styles["arm0, route"].colour != styles["arm1, route"].colour

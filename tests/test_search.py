@@ -94,7 +94,7 @@ def case(tmp_path: Path) -> Case:
         "output_dir": str(tmp_path / "run"),
         "resolution": 16,
         "data": {"path": "world/neon", "max_train_samples": 2, "max_validation_samples": 6},
-        "experts": {"scales": [{"intervals": 2}]},
+        "method": {"kind": "foster", "experts": {"scales": [{"intervals": 2}]}},
         "evaluation": {"num_pictures": 2, "bins_per_interval": 1, "batch_size": 2},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))

@@ -47,10 +47,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
             "max_validation_samples": 2,
             "clips": {"num_frames": 2, "fps": 8, "stride": 2},
         },
-        experts={
-            "target_modules": ["to_k", "to_v"],
-            "text_target_modules": ["out_proj"],
-            "scales": [{"intervals": 2, "rank": 2}, {"intervals": 1, "rank": 2}],
+        method={
+            "experts": {
+                "target_modules": ["to_k", "to_v"],
+                "text_target_modules": ["out_proj"],
+                "scales": [{"intervals": 2, "rank": 2}, {"intervals": 1, "rank": 2}],
+            }
         },
         evaluation={
             "num_pictures": 2,
@@ -59,7 +61,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
             "num_inference_steps": 2,
             "batch_size": 2,
         },
-        arms={},
+        variants={},
     )
     return Run(recipe, data, call("run", recipe))
 
@@ -67,11 +69,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_a_run_measures_and_keeps_clips(finished: Run) -> None:
     assert finished.outcome.code == 0, finished.outcome.err
     assert "4 training and 2 validation clips, 0 skipped; 2 prompts" in finished.outcome.out
-    rows = {(row["arm"], row["mode"]): row for row in finished.results}
+    rows = {(row["variant"], row["mode"]): row for row in finished.results}
     assert list(rows) == [("base", "off"), ("main", "switch"), ("main", "route")]
     assert len({row["curve"]["loss"][0] for row in rows.values()}) == 3
-    for arm in ("base-off", "main-switch", "main-route"):
-        folder = finished.out / "evaluation" / arm
+    for row in ("base-off", "main-switch", "main-route"):
+        folder = finished.out / "evaluation" / row
         kept = sorted((folder / "pictures").glob("*.mp4"))
         assert len(kept) == 2
         examples = [Example(str(path), "drawn", path.read_bytes) for path in kept]
@@ -87,7 +89,7 @@ def test_its_report_shows_clips_that_move(finished: Run) -> None:
 
 
 def test_clips_are_drawn_as_they_were_trained_unless_told_otherwise(finished: Run, tmp_path: Path) -> None:
-    bundle = finished.out / "arms" / "main" / "bundle"
+    bundle = finished.out / "variants" / "main" / "bundle"
     assert load_bundle(bundle).provenance["recipe"]["resolution"] == [16, 24]
     outcome = call("sample", bundle, "--prompt", "a star", "--output", tmp_path / "a", "--steps", "2")
     assert outcome.code == 0, outcome.err

@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from timestep_experts.config import load_recipe
 from timestep_experts.intervals import Partition
-from timestep_experts.jobs.plan import Memory, make_plan, planned_device
+from timestep_experts.jobs.methods import method_of
+from timestep_experts.jobs.plan import Memory, planned_device
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale
 from timestep_experts.models import load_family, read_outline
 from timestep_experts.models.video_crafter import fold_fps
@@ -177,15 +178,16 @@ def test_attention_keeps_no_matrix_of_all_pairs(saved: Callable[[str], str]) -> 
 
 def plan(source: str, *overrides: str) -> list[Memory]:
     """Memory of the one stage of a recipe on a tiny base."""
-    fixed = [f"pretrained_model_name_or_path={source}", "resolution=16", "experts.target_modules=[to_q]"]
-    fixed += ["experts.scales=[{intervals: 2, rank: 2}]", "assemble=null", "foster.train_batch_size=4"]
-    quick = ["experts.text_target_modules=null", "training.gradient_accumulation_steps=1", "device=cpu"]
-    stages = make_plan(load_recipe(RECIPE, [*fixed, *quick, *overrides]), with_memory=True)
+    fixed = [f"pretrained_model_name_or_path={source}", "resolution=16", "method.experts.target_modules=[to_q]"]
+    fixed += ["method.experts.scales=[{intervals: 2, rank: 2}]", "method.assemble=null", "method.train_batch_size=4"]
+    quick = ["method.experts.text_target_modules=null", "training.gradient_accumulation_steps=1", "device=cpu"]
+    recipe = load_recipe(RECIPE, [*fixed, *quick, *overrides])
+    stages = method_of(recipe, recipe.variant("main")).plan(with_memory=True)
     return [stage.memory for stage in stages if stage.memory is not None]
 
 
 def test_nothing_is_allocated_however_large_the_step(saved: Callable[[str], str]) -> None:
-    assert plan(saved("sd"), "resolution=4096", "foster.train_batch_size=512")[0].peak > 2**40
+    assert plan(saved("sd"), "resolution=4096", "method.train_batch_size=512")[0].peak > 2**40
 
 
 def test_every_part_of_a_plan_follows_the_recipe(saved: Callable[[str], str]) -> None:
@@ -199,7 +201,7 @@ def test_every_part_of_a_plan_follows_the_recipe(saved: Callable[[str], str]) ->
     assert [memory.base for memory in plain] == [sum(sizes.values())]
     assert plan(source, "device=cuda")[0].base == sizes["transformer"]  # encoders are away
     assert plan(source, "device=cuda", "training.offload_encoders=false")[0].base == sum(sizes.values())
-    needed = plan(source, "device=cuda", "experts.text_target_modules=[q]")[0]
+    needed = plan(source, "device=cuda", "method.experts.text_target_modules=[q]")[0]
     assert needed.base == sizes["transformer"] + sizes["text_encoder"]
     assert plan(source, "training.base_dtype=bf16")[0].base < 0.6 * plain[0].base
     few, fewer = (
@@ -213,9 +215,13 @@ def test_every_part_of_a_plan_follows_the_recipe(saved: Callable[[str], str]) ->
 def test_trained_experts_are_counted_with_gradients_and_optimiser_state(
     options: str, bytes_per_value: int, saved: Callable[[str], str]
 ) -> None:
-    overrides = [f"foster.optimizer={options}", "experts.scales=[{intervals: 4, rank: 2}]", "assemble=null"]
+    overrides = [
+        f"method.optimizer={options}",
+        "method.experts.scales=[{intervals: 4, rank: 2}]",
+        "method.assemble=null",
+    ]
     recipe = load_recipe(RECIPE, [f"pretrained_model_name_or_path={saved('sd')}", "resolution=16", *overrides])
-    [stage] = make_plan(recipe, with_memory=True)
+    [stage] = method_of(recipe, recipe.variant("main")).plan(with_memory=True)
     leaves = 4 * 2 * 40  # experts, A and B, at most so many layers: AdamW counts steps in four bytes
     assert stage.memory is not None
     assert 0 <= stage.memory.experts - bytes_per_value * stage.trainable <= 4 * leaves

@@ -11,7 +11,7 @@ from tiny import PIPELINES
 from torch import nn
 
 from timestep_experts.config import TrainingConfig
-from timestep_experts.jobs.train import encoders_away
+from timestep_experts.jobs.stages import encoders_away
 from timestep_experts.models import FAMILIES, Family
 
 CPU, ACCELERATOR = torch.device("cpu"), torch.device("cuda")
@@ -101,7 +101,7 @@ def test_training_sends_away_what_it_does_not_need(
     offloads: bool, is_tokenised: bool, expected: set[str], family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe: Any = SimpleNamespace(training=TrainingConfig(offload_encoders=offloads))
-    workshop: Any = SimpleNamespace(family=family, train=SimpleNamespace(is_tokenised=is_tokenised))
+    context: Any = SimpleNamespace(family=family, train=SimpleNamespace(is_tokenised=is_tokenised))
     moves = record_moves(family, monkeypatch)
-    with encoders_away(recipe, workshop):
+    with encoders_away(recipe, context):
         assert {name for name, device in moves if device == CPU} == expected

@@ -209,20 +209,25 @@ def test_text_experts_have_a_rate_a_decay_and_a_dropout_of_their_own(family: Sta
     document = {
         "output_dir": tmp_path,
         "data": {"path": "world/flat"},
-        "experts": {
-            "target_modules": ["to_q"],
-            "text_target_modules": ["q_proj"],
-            "scales": [{"intervals": 2}],
-            "dropout": 0.5,
-            "text_dropout": 0.0,
+        "method": {
+            "kind": "foster",
+            "experts": {
+                "target_modules": ["to_q"],
+                "text_target_modules": ["q_proj"],
+                "scales": [{"intervals": 2}],
+                "dropout": 0.5,
+                "text_dropout": 0.0,
+            },
+            "learning_rate": 1e-3,
+            "text_learning_rate": 1e-4,
+            "text_weight_decay": 0.3,
         },
-        "foster": {"learning_rate": 1e-3, "text_learning_rate": 1e-4, "text_weight_decay": 0.3},
     }
-    recipe = parse_recipe(document, "recipe")
-    mixture = build_mixture(recipe, family)
+    recipe = parse_recipe(document)
+    mixture = build_mixture(recipe, recipe.method, family)
     dropouts = {name.partition(".")[0]: layer.dropout for name, layer in mixture.layers.items()}
     assert dropouts == {"unet": 0.5, "text_encoder": 0.0}
-    (stage,) = foster(mixture, build_foster_settings(recipe, family.text_encoders))
+    (stage,) = foster(mixture, build_foster_settings(recipe, recipe.method, family.text_encoders))
     assert [learner.name for learner in stage.learners] == [
         "n2.0.unet",
         "n2.0.text_encoder",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -26,6 +26,12 @@ from timestep_experts.cli.parsing import (
 from timestep_experts.cli.parsing import load_recipe as _load
 from timestep_experts.intervals import Interval, Partition
 
+if TYPE_CHECKING:
+    from timestep_experts.build import RunContext
+    from timestep_experts.config import Recipe
+    from timestep_experts.jobs.methods import Decoupling, Distilling, Fostering, Method
+    from timestep_experts.jobs.plan import StagePlan
+
 USER_ERROR = 2
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 
@@ -37,12 +43,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Specialise a diffusion model by noise level: train experts per timestep interval, then **switch** or"
     " **route** them.\n\nStart with `timestep-experts run recipes/quickstart.yaml`. Any key of a recipe can be"
-    " overridden on the command line: `foster.max_train_steps=100 experts.scales.0.rank=8`.",
+    " overridden on the command line: `method.max_train_steps=100 method.experts.scales.0.rank=8`.",
 )
 console = make_console()
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")]
-Arm = Annotated[str | None, typer.Option(help="Only this arm of the recipe; default: all of them.")]
+VariantName = Annotated[str | None, typer.Option("--variant", help="Only this one; default: all of the kind.")]
 
 
 def main() -> None:
@@ -72,66 +78,71 @@ def _is_raised_by_us(error: BaseException) -> bool:
 
 @app.command()
 def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Do everything: train all arms, merge those that say so, measure them, print the table and write the report."""
+    """Do everything: train all variants, merge those that say so, measure them, print the table, write the report."""
     loaded = _load(recipe, overrides)
     quiet_libraries()
-    if dry_run:
-        _print_plan(loaded)
-        return
-    from timestep_experts.jobs import runs
+    from timestep_experts.jobs.evaluate import prepare_output
+    from timestep_experts.jobs.methods import methods_of
 
-    runs.make_plan(loaded)  # what does not fit fails here, before anything is written
-    workshop = _workshop(loaded)
-    runs.prepare_output(loaded)
-    for arm in loaded.arm_names:
-        console.rule(f"[bold]{arm}", align="left")
-        runs.train_arm(loaded, arm, workshop)
-    _evaluate(loaded, workshop)
+    methods = methods_of(loaded)
+    if dry_run:
+        _print_plan(loaded, methods)
+        return
+    for method in methods:
+        method.plan()  # what does not fit fails here, before anything is written
+    context = _context(loaded)
+    prepare_output(loaded)
+    for method in methods:
+        console.rule(f"[bold]{method.variant.name}", align="left")
+        method.train(context)
+    _evaluate(loaded, context)
 
 
 @app.command()
-def foster(recipe: RecipePath, overrides: Overrides = None, arm: Arm = None, dry_run: DryRun = False) -> None:
+def foster(
+    recipe: RecipePath, overrides: Overrides = None, variant: VariantName = None, dry_run: DryRun = False
+) -> None:
     """Stage 1: train the experts of every interval; writes a bundle to switch with."""
     quiet_libraries()
-    from timestep_experts.jobs import runs
+    from timestep_experts.jobs.methods import Fostering
 
-    _stage(recipe, overrides, arm, dry_run, runs.foster_arm)
+    _stage(recipe, overrides, variant, dry_run, (Fostering,), lambda method, context: method.foster(context))
 
 
 @app.command()
 def distill(
     recipe: RecipePath,
     overrides: Overrides = None,
-    arm: Arm = None,
+    variant: VariantName = None,
     expert: Annotated[
         list[str] | None, typer.Option(help="Only this one, e.g. n4.3; may be given several times.")
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """In place of stage 1: train a few-step generator, one expert after the other; writes a bundle to switch with."""
+    """Train a few-step generator, one expert after the other; writes a bundle to switch with."""
     quiet_libraries()
-    from timestep_experts.jobs import runs
+    from timestep_experts.jobs.methods import Distilling
 
-    def distill_if_asked(loaded: Any, name: str, workshop: Any) -> None:
-        if arm is None and not runs.is_distilled(loaded, name):
-            return
-        if not runs.distill_arm(loaded, name, workshop, expert or ()):
-            console.print(f"{name}: some experts are still to be distilled")
+    def job(method: Any, context: Any) -> None:
+        if not method.distill(context, expert or ()):
+            console.print(f"{method.variant.name}: some experts are still to be distilled")
 
-    _stage(recipe, overrides, arm, dry_run, distill_if_asked)
+    _stage(recipe, overrides, variant, dry_run, (Distilling,), job)
 
 
 @app.command()
-def assemble(recipe: RecipePath, overrides: Overrides = None, arm: Arm = None, dry_run: DryRun = False) -> None:
-    """Stage 2: train the routers of fostered experts; writes a bundle to route with."""
+def assemble(
+    recipe: RecipePath, overrides: Overrides = None, variant: VariantName = None, dry_run: DryRun = False
+) -> None:
+    """Stage 2: train the routers of fostered or distilled experts; writes a bundle to route with."""
     quiet_libraries()
-    from timestep_experts.jobs import runs
+    from timestep_experts.jobs.methods import Distilling, Fostering
 
-    def assemble_if_any(loaded: Any, name: str, workshop: Any) -> None:
-        if arm is not None or runs.has_second_stage(loaded, name):
-            runs.assemble_any_arm(loaded, name, workshop)
+    def job(method: Any, context: Any) -> None:
+        if variant is not None or method.assembles:
+            method.assemble(context)
 
-    _stage(recipe, overrides, arm, dry_run, assemble_if_any)
+    _stage(recipe, overrides, variant, dry_run, (Fostering, Distilling), job)
 
 
 @app.command()
@@ -142,22 +153,25 @@ def decouple(
         list[int] | None,
         typer.Option("--range", help="Only this range, from 0 at low noise; may be given several times."),
     ] = None,
-    arm: Annotated[str, typer.Option(help="Of the recipe.")] = "main",
+    variant: Annotated[str, typer.Option(help="The one of kind decouple.")] = "main",
     dry_run: DryRun = False,
 ) -> None:
     """Train a full copy of the denoiser for every range of timesteps; writes folders for **merge** and **sample**."""
     loaded = _load(recipe, overrides)
     quiet_libraries()
-    from timestep_experts.jobs import runs
+    from timestep_experts.jobs.evaluate import prepare_output
+    from timestep_experts.jobs.methods import Decoupling
+    from timestep_experts.jobs.plan import planned_device
 
-    plans = runs.make_decouple_plan(loaded.arm(arm), range_, with_memory=dry_run)  # what does not fit fails here
+    (method,) = _methods_of_kind(loaded, variant, (Decoupling,))
+    plans = method.plan(indices=range_, with_memory=dry_run)  # what does not fit fails here
     if dry_run:
-        _print_stages(plans, runs.planned_device(loaded))
+        _print_stages(plans, planned_device(loaded))
         return
-    workshop = _workshop(loaded)
-    runs.prepare_output(loaded)
+    context = _context(loaded)
+    prepare_output(loaded)
     for index in range(len(plans)) if range_ is None else range_:
-        folder, kept = runs.decouple_range(loaded, index, workshop, arm)
+        folder, kept = method.train_range(index, context)
         console.print(f"range {index}: {escaped(folder)}", soft_wrap=True)
         if kept:
             console.print(f"  projections beside the weights, not in them: {', '.join(kept)}", soft_wrap=True)
@@ -165,14 +179,14 @@ def decouple(
 
 @app.command()
 def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Measure the trained arms of a recipe, print the table and write the report."""
+    """Measure the trained variants of a recipe, print the table and write the report."""
     loaded = _load(recipe, overrides)
-    _evaluate(loaded, _workshop(loaded))
+    _evaluate(loaded, _context(loaded))
 
 
 @app.command()
 def sample(
-    prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.")],
+    prompt: Annotated[list[str], typer.Option(help="What to show; may be given several times.")],
     bundle: Annotated[Path | None, typer.Argument(help="A bundle's folder.")] = None,
     ensemble: Annotated[Path | None, typer.Option(help="Or a run's folder of decoupled experts, not merged.")] = None,
     resident: Annotated[
@@ -181,8 +195,8 @@ def sample(
     output: Annotated[Path, typer.Option(help="Where to put pictures and a contact sheet.")] = Path("samples"),
     model: Annotated[str | None, typer.Option(help="The base; default: the one the bundle was made on.")] = None,
     mode: Annotated[str | None, typer.Option(help="switch, route or off; default: the bundle's own.")] = None,
-    folded: Annotated[
-        bool, typer.Option("--folded", help="Switch with the experts in the base's weights: faster, for memory.")
+    fused: Annotated[
+        bool, typer.Option("--fused", help="Switch with the experts in the base's weights: faster, for memory.")
     ] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Default: 20, or a generator's own.")] = None,
     guidance: Annotated[
@@ -197,20 +211,20 @@ def sample(
     num_frames: Annotated[int | None, typer.Option(min=1, help="Of clips; default: as trained.")] = None,
     fps: Annotated[float | None, typer.Option(min=0.1, help="Of clips' files; default: as trained, or 8.")] = None,
 ) -> None:
-    """Draw pictures, or clips with a video model, with a trained bundle or an ensemble of decoupled experts."""
+    """Generate pictures, or clips with a video model, with a trained bundle or an ensemble of decoupled experts."""
     quiet_libraries()
-    from timestep_experts.jobs.draw import DrawSettings, draw, draw_ensemble
+    from timestep_experts.jobs.sample import SampleOptions, sample_bundle, sample_ensemble
 
-    settings = DrawSettings(model, mode, scheduler, steps, guidance, seed, height, width, num_frames, fps, folded)
+    options = SampleOptions(model, mode, scheduler, steps, guidance, seed, height, width, num_frames, fps, fused)
     if (bundle is None) == (ensemble is None):
         raise ValueError("give either a bundle's folder or --ensemble")
     if resident is not None and ensemble is None:
         raise ValueError("--resident has no meaning without --ensemble: a bundle's experts are always there")
     if ensemble is not None:
-        paths, cost, num_swaps = draw_ensemble(ensemble, prompt, output, settings, resident or "one")
+        paths, cost, num_swaps = sample_ensemble(ensemble, prompt, output, options, resident or "one")
         console.print(f"experts were put into the denoiser {num_swaps:,} times")
     elif bundle is not None:
-        paths, cost = draw(bundle, prompt, output, settings)
+        paths, cost = sample_bundle(bundle, prompt, output, options)
     kind = "clips" if paths[0].suffix == ".mp4" else "pictures"
     count = len(paths) - 1
     console.print(f"{count} {kind} and {paths[-1].name} in {output}; {cost.per_picture(count)}")
@@ -281,72 +295,95 @@ def explain(
     console.print(explain_partition(partition, scheduler, steps, shift))
 
 
-def _workshop(recipe: Any) -> Any:
+def _context(recipe: Recipe) -> RunContext:
     quiet_libraries()
-    from timestep_experts.build import build_workshop
+    from timestep_experts.build import build_context
 
-    workshop = build_workshop(recipe)
-    skipped = workshop.train.skipped + workshop.validation.skipped
+    context = build_context(recipe)
+    skipped = context.train.skipped + context.validation.skipped
     console.print(
-        f"{len(workshop.train):,} training and {len(workshop.validation):,} validation {workshop.media.kind}s,"
-        f" {len(skipped)} skipped; {len(workshop.prompts)} prompts"
+        f"{len(context.train):,} training and {len(context.validation):,} validation {context.media.kind}s,"
+        f" {len(skipped)} skipped; {len(context.prompts)} prompts"
     )
     for item in skipped:
         console.print(f"  skipped {escaped(item.place)}: {escaped(item.reason)}", highlight=False)
-    return workshop
+    return context
+
+
+def _methods_of_kind(
+    recipe: Recipe, variant: str | None, kinds: tuple[type[Fostering | Distilling | Decoupling], ...]
+) -> list[Any]:
+    """The methods of these kinds, of one variant or of all.
+
+    Raises:
+        ValueError: the variant is of another kind, or none is of these.
+    """
+    from timestep_experts.jobs.methods import method_of, methods_of
+
+    methods = methods_of(recipe) if variant is None else [method_of(recipe, recipe.variant(variant))]
+    found = [method for method in methods if isinstance(method, kinds)]
+    if not found:
+        own = ", ".join(f"{method.variant.name} ({method.kind})" for method in methods)
+        wanted = " or ".join(kind.kind for kind in kinds)
+        raise ValueError(
+            f"recipe.method.kind: this command trains variants of kind {wanted}; of this recipe it would take {own}"
+        )
+    return found
 
 
 def _stage(
-    path: Path, overrides: list[str] | None, arm: str | None, dry_run: bool, job: Callable[[Any, str, Any], None]
+    path: Path,
+    overrides: list[str] | None,
+    variant: str | None,
+    dry_run: bool,
+    kinds: tuple[type[Fostering | Distilling | Decoupling], ...],
+    job: Callable[[Any, RunContext], None],
 ) -> None:
     recipe = _load(path, overrides)
-    if arm is not None:
-        recipe.arm(arm)
+    methods = _methods_of_kind(recipe, variant, kinds)
     if dry_run:
-        _print_plan(recipe, arm)
+        _print_plan(recipe, methods)
         return
-    from timestep_experts.jobs import runs
+    from timestep_experts.jobs.evaluate import prepare_output
 
-    arms = [name for name in recipe.arm_names if recipe.arm(name).has_experts]
-    if not arms:
-        raise ValueError("recipe.experts: this recipe has none to train; the command for its full copies is decouple")
-    runs.make_plan(recipe)  # what does not fit fails here, before anything is written
-    runs.prepare_output(recipe)
-    workshop = _workshop(recipe)
-    for name in arms if arm is None else [arm]:
-        job(recipe, name, workshop)
-        bundle = recipe.output_dir / "arms" / name / "bundle"
-        console.print(f"{name}: {escaped(bundle)}", soft_wrap=True)
+    for method in methods:
+        method.plan()  # what does not fit fails here, before anything is written
+    prepare_output(recipe)
+    context = _context(recipe)
+    for method in methods:
+        job(method, context)
+        console.print(f"{method.variant.name}: {escaped(method.paths.bundle)}", soft_wrap=True)
 
 
-def _evaluate(recipe: Any, workshop: Any) -> None:
-    from timestep_experts.jobs import runs
+def _evaluate(recipe: Recipe, context: RunContext) -> None:
+    from timestep_experts.jobs.evaluate import evaluate, reported_partition, write_run_report
     from timestep_experts.report import interval_table, results_table
 
-    results = runs.evaluate(recipe, workshop)
-    report = runs.write_run_report(recipe, workshop, results, shlex.join(["timestep-experts", *sys.argv[1:]]))
-    intervals = runs.reported_partition(recipe, workshop).intervals
+    results = evaluate(recipe, context)
+    report = write_run_report(recipe, context, results, shlex.join(["timestep-experts", *sys.argv[1:]]))
+    intervals = reported_partition(recipe, context).intervals
     console.print(interval_table(results, intervals))
     console.print(results_table(results, intervals))
     console.print(f"report: [bold]{escaped(report)}", soft_wrap=True)
 
 
-def _print_plan(recipe: Any, arm: str | None = None) -> None:
-    from timestep_experts.jobs.plan import make_plan, planned_device
+def _print_plan(recipe: Recipe, methods: Sequence[Method]) -> None:
+    from timestep_experts.jobs.plan import planned_device
 
-    _print_stages(make_plan(recipe, arm, with_memory=True), planned_device(recipe))
+    stages = [stage for method in methods for stage in method.plan(with_memory=True)]
+    _print_stages(stages, planned_device(recipe))
 
 
-def _print_stages(stages: Iterable[Any], device: str) -> None:
-    titles = ("arm", "stage", "experts", "trained", "steps", "samples per expert", "samples")
+def _print_stages(stages: Iterable[StagePlan], device: str) -> None:
+    titles = ("variant", "stage", "experts", "trained", "steps", "samples per expert", "samples")
     parts = ("base", "experts and optimizer", "activations", "peak")
     table = Table(*titles, *parts, title=f"plan; estimated memory of training on {device}, at its peak")
     for stage in stages:
         low, high = stage.samples_per_expert
-        memory = stage.memory  # not known of distillation
+        memory = stage.memory  # it is not known of distillation
         sizes = () if memory is None else (memory.base, memory.experts, memory.activations, memory.peak)
         table.add_row(
-            stage.arm,
+            stage.variant,
             stage.stage,
             str(stage.num_experts),
             f"{stage.trainable:,}",

@@ -255,7 +255,7 @@ def analyse(
     found = analyse_job(loaded, expert or [], output, settings, intervals)
     console = make_console()
     table = Table(
-        "intervals", "dissimilarity inside", "of equal ones", "for experts.scales", title="proposed boundaries"
+        "intervals", "dissimilarity inside", "of equal ones", "for method.experts.scales", title="proposed boundaries"
     )
     for proposal in found.proposals:
         count, line = str(len(proposal.boundaries) - 1), escaped(as_yaml(proposal))

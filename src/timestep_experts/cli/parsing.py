@@ -13,7 +13,7 @@ from rich.console import Console
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe YAML; see the folder recipes/.", metavar="RECIPE")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Overrides, e.g. foster.max_train_steps=100", metavar="[KEY=VALUE]...")
+    list[str] | None, typer.Argument(help="Overrides, e.g. method.max_train_steps=100", metavar="[KEY=VALUE]...")
 ]
 
 

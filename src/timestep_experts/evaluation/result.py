@@ -15,7 +15,7 @@ class Result:
     """What was measured.
 
     Args:
-        arm: the variation of the recipe; ``base`` is the untouched model.
+        variant: its name in the recipe; ``base`` is the untouched model.
         mode: ``off``, ``switch`` or ``route``.
         curve: validation loss per bin of t.
         interval_losses: the same, averaged within each reported interval, from low to high noise.
@@ -27,7 +27,7 @@ class Result:
         gates: of the routers, one map per context scale; empty unless routed.
     """
 
-    arm: str
+    variant: str
     mode: str
     curve: LossCurve
     interval_losses: tuple[float, ...]
@@ -40,5 +40,5 @@ class Result:
 
     @property
     def label(self) -> str:
-        """For tables and legends: ``arm, mode`` where a mode is worth naming."""
-        return self.arm if self.mode == "off" else f"{self.arm}, {self.mode}"
+        """For tables and legends: ``variant, mode`` where a mode is worth naming."""
+        return self.variant if self.mode == "off" else f"{self.variant}, {self.mode}"

@@ -1,5 +1,7 @@
 """Files that outlive a run: atomic writing, and the bundle."""
 
 from timestep_experts.formats.bundle import Bundle, load_bundle, save_bundle
+from timestep_experts.formats.sampling import SamplingDefaults
+from timestep_experts.formats.versions import tool_versions
 
-__all__ = ["Bundle", "load_bundle", "save_bundle"]
+__all__ = ["Bundle", "SamplingDefaults", "load_bundle", "save_bundle", "tool_versions"]

@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from timestep_experts.formats.atomic import atomic_path, write_json, write_tensors
+from timestep_experts.formats.sampling import SamplingDefaults
 from timestep_experts.mixture import MixtureSpec, Mode
 
 FORMAT = "timestep-experts/bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _SPEC = TypeAdapter(MixtureSpec)
 
 
-class _Document(BaseModel):
+class BundleDocument(BaseModel):
     """``mixture.json``."""
+
+    model_config = ConfigDict(extra="forbid")
 
     format: str
     format_version: int = Field(strict=True, ge=1)
@@ -35,6 +38,7 @@ class _Document(BaseModel):
     denoiser_class: str
     mixture: MixtureSpec
     target_modules: tuple[str, ...] = Field(min_length=1)
+    sampling: SamplingDefaults
     provenance: dict[str, Any]
 
 
@@ -49,7 +53,8 @@ class Bundle:
         mode: how the mixture is meant to be used: ``switch`` after fostering, ``route`` after assembling.
         base_model: where the base came from, for people.
         denoiser_class: the base's class name.
-        provenance: how it was made: recipe, seeds, losses, versions; free-form JSON.
+        sampling: how it is meant to be sampled from.
+        provenance: how it was made: recipe, seeds, losses, versions. Free-form JSON for people; no code reads it.
     """
 
     spec: MixtureSpec
@@ -59,6 +64,7 @@ class Bundle:
     base_model: str
     denoiser_class: str
     provenance: Mapping[str, Any]
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
 
 
 def save_bundle(bundle: Bundle, folder: Path) -> None:
@@ -71,6 +77,7 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
         "denoiser_class": bundle.denoiser_class,
         "mixture": _SPEC.dump_python(bundle.spec, mode="json"),
         "target_modules": list(bundle.target_modules),
+        "sampling": bundle.sampling.model_dump(mode="json", exclude_defaults=True),
         "provenance": dict(bundle.provenance),
     }
     with atomic_path(folder) as draft:
@@ -98,11 +105,12 @@ def load_bundle(folder: Path | str) -> Bundle:
         mode=document.mode,
         base_model=document.base_model,
         denoiser_class=document.denoiser_class,
+        sampling=document.sampling,
         provenance=document.provenance,
     )
 
 
-def _read_document(path: Path) -> _Document:
+def _read_document(path: Path) -> BundleDocument:
     if not path.is_file():
         raise ValueError(f"no bundle at {path.parent}: it has no {path.name}")
     try:
@@ -115,6 +123,29 @@ def _read_document(path: Path) -> _Document:
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version}; this release reads up to {FORMAT_VERSION}")
     try:
-        return _Document.model_validate(document)
-    except ValidationError as error:
+        return BundleDocument.model_validate(_from_version_1(document) if version == 1 else document)
+    except (ValidationError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the bundle {path.parent} is damaged: {path.name}: {error}") from error
+
+
+def _from_version_1(document: dict[str, Any]) -> dict[str, Any]:
+    """Lift a document that kept sampling settings in the provenance, and called base gates resting gates."""
+    provenance = document["provenance"]
+    recipe, generator = provenance.get("recipe", {}), provenance.get("sampling") or {}
+    training, clips = recipe.get("training", {}), (recipe.get("data") or {}).get("clips") or {}
+    scales = [
+        {("base_gate" if key == "resting_gate" else key): value for key, value in scale.items()}
+        for scale in document["mixture"]["scales"]
+    ]
+    sampling = {
+        "base_dtype": training.get("base_dtype", "fp32"),
+        "base_quantization": training.get("base_quantization"),
+        "resolution": recipe.get("resolution"),
+        "num_frames": clips.get("num_frames"),
+        "fps": clips["fps"] / clips.get("stride", 1) if clips.get("fps") else None,
+        "max_sequence_length": recipe.get("max_sequence_length"),
+        "scheduler": generator.get("scheduler"),
+        "timesteps": generator.get("timesteps"),
+        "guidance_scale": generator.get("guidance_scale"),
+    }
+    return {**document, "mixture": {**document["mixture"], "scales": scales}, "sampling": sampling}

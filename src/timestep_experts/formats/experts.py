@@ -13,12 +13,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from timestep_experts.formats.atomic import atomic_path, write_tensors
 from timestep_experts.formats.checkpoints import Checkpoint, TensorInfo, write_streamed
+from timestep_experts.formats.sampling import SamplingDefaults
 from timestep_experts.intervals import Partition
 from timestep_experts.merging import Place
 
@@ -30,6 +32,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 PROJECTIONS = "projection.safetensors"
 _PLACES_KEY = "timestep_experts_projections"
 _FORMAT = "timestep-experts/expert"
+_FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class ExpertRecord:
         base_model: from which it was trained, as the recipe names it.
         denoiser_class: of base and expert.
         seed: of its samples.
-        provenance: how it was made.
+        sampling: how it is meant to be sampled from.
+        provenance: how it was made; for people, no code reads it.
     """
 
     index: int
@@ -50,7 +54,11 @@ class ExpertRecord:
     base_model: str
     denoiser_class: str
     seed: int
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+
+_RECORD = TypeAdapter(ExpertRecord)
 
 
 @dataclass(frozen=True)
@@ -89,7 +97,7 @@ def write_expert(
         base_sha256: the base's hash; ``None`` where it has no weights that `merge` could read.
         projections: those that it was trained with.
     """
-    document = {"format": _FORMAT, "format_version": 1, **asdict(record)}
+    document = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **_RECORD.dump_python(record, mode="json")}
     base = {} if base_sha256 is None else {BASE_KEY: base_sha256}
     beside = {} if projections is None else {_PLACES_KEY: PROJECTIONS}
     with atomic_path(folder) as draft:
@@ -151,8 +159,17 @@ def read_record(folder: Path) -> ExpertRecord:
     if stored is None:
         raise ValueError(f"{folder} is no expert's folder: the metadata of its weights lacks {EXPERT_KEY}")
     document = json.loads(stored)
-    document = {name: value for name, value in document.items() if name not in ("format", "format_version")}
-    return ExpertRecord(**{**document, "boundaries": tuple(document["boundaries"])})
+    version = document.get("format_version")
+    if version != _FORMAT_VERSION:
+        raise ValueError(
+            f"{folder} was written in format version {version} of experts; this release reads version"
+            f" {_FORMAT_VERSION} only: train it again, or read it with the release that wrote it"
+        )
+    own = {name: value for name, value in document.items() if name not in ("format", "format_version")}
+    try:
+        return _RECORD.validate_python(own)
+    except ValidationError as error:
+        raise ValueError(f"{folder}: the metadata {EXPERT_KEY} is damaged: {error}") from error
 
 
 def find_experts(folder: Path) -> tuple[list[Path], Partition, ExpertRecord]:

@@ -21,7 +21,7 @@ def attach(
     mode: Mode | None = None,
     *,
     text_experts: TextExperts | None = None,
-    folded: bool = False,
+    fused: bool = False,
 ) -> Mixture:
     """Give a pipeline the experts of a bundle. It is then used as always: prompts, guidance, schedulers, img2img.
 
@@ -33,13 +33,13 @@ def attach(
         mode: ``switch`` or ``route`` (or ``off``); ``None`` takes the bundle's own.
         text_experts: how often prompts are encoded anew where text encoders carry experts: ``step``, ``interval`` or
             ``off``; ``None`` is ``step`` when routing and ``interval`` when switching. See `Reencoder`.
-        folded: switch at the base's own cost, for a copy of the weights that carry experts: see `mixture.fuse`.
+        fused: switch at the base's own cost, for a copy of the weights that carry experts: see `mixture.fuse`.
 
     Returns:
         The mixture: set its ``mode`` at any time; `detach` gives the pipeline back as it was.
 
     Raises:
-        ValueError: the bundle does not fit, naming the modules and shapes that differ, or experts are to be folded that
+        ValueError: the bundle does not fit, naming the modules and shapes that differ, or experts are to be fused that
             cannot; the pipeline stays as it was.
     """
     bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
@@ -64,7 +64,7 @@ def attach(
         raise
     reencode(pipeline, mixture, text_experts)
     _make_ready(mixture)
-    if folded:
+    if fused:
         try:
             fuse(mixture)
         except ValueError:

@@ -1,4 +1,4 @@
-"""What drawing costs: calls of the denoisers, and passes through the text encoders."""
+"""What sampling costs: calls of the denoisers, and passes through the text encoders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from timestep_experts.inference.reencode import DENOISERS, Reencoder
 
 
 @dataclass
-class DrawingCost:
+class SamplingCost:
     """What was counted.
 
     Args:
@@ -35,13 +35,13 @@ class DrawingCost:
 
 
 @contextmanager
-def counted(pipeline: Any) -> Iterator[DrawingCost]:
+def counted(pipeline: Any) -> Iterator[SamplingCost]:
     """Count while open.
 
     Args:
         pipeline: a diffusers pipeline, with or without experts.
     """
-    cost, reencoder = DrawingCost(), Reencoder.of(pipeline)
+    cost, reencoder = SamplingCost(), Reencoder.of(pipeline)
     before = reencoder.num_text_passes if reencoder is not None else 0
 
     def count(*_: object) -> None:

@@ -145,7 +145,7 @@ def propose(similarity: Tensor, bins: Sequence[Interval], most: int) -> tuple[Pr
 
 
 def as_yaml(proposal: Proposal) -> str:
-    """A line for ``experts.scales`` of a recipe."""
+    """A line for ``method.experts.scales`` of a recipe."""
     return f"boundaries: [{', '.join(f'{boundary:g}' for boundary in proposal.boundaries)}]"
 
 

@@ -14,7 +14,7 @@ _SHORTER = (("_blocks", ""), ("_block", ""), ("transformer", "tf"), ("attentions
 
 @dataclass(frozen=True)
 class Style:
-    """How a line looks: one colour per arm, one dash per mode or stage of it; the base is muted."""
+    """How a line looks: one colour per variant, one dash per mode or stage of it; the base is muted."""
 
     label: str
     colour: str
@@ -23,18 +23,18 @@ class Style:
 
 
 def line_styles(names: Sequence[str], muted: str) -> dict[str, Style]:
-    """Styles by name; what stands before a comma is the arm. Arms after the eighth repeat colours with other dashes."""
-    arms: dict[str, int] = {}
+    """Styles by name: ``variant, mode``. Variants after the eighth repeat colours with other dashes."""
     variants: dict[str, int] = {}
+    lines_of: dict[str, int] = {}
     styles = {}
     for name in names:
         if name == muted:
             styles[name] = Style(name, _MUTED_COLOUR, DASHES[0], is_muted=True)
             continue
-        arm = name.partition(",")[0].strip()
-        index = arms.setdefault(arm, len(arms))
-        variant = variants[arm] = variants.get(arm, -1) + 1
-        dash = DASHES[(variant + 2 * (index // len(PALETTE))) % len(DASHES)]
+        variant = name.partition(",")[0].strip()
+        index = variants.setdefault(variant, len(variants))
+        line = lines_of[variant] = lines_of.get(variant, -1) + 1
+        dash = DASHES[(line + 2 * (index // len(PALETTE))) % len(DASHES)]
         styles[name] = Style(name, PALETTE[index % len(PALETTE)], dash, is_muted=False)
     return styles
 

@@ -1,4 +1,4 @@
-"""A run whose arms are merged: copies become a denoiser, experts a LoRA, and the table has a row for each."""
+"""A run whose variants are merged: copies become a denoiser, experts a LoRA, and the table has a row for each."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from conftest import max_error
 from test_cli import call, refused, write_recipe
-from timestep_experts.config import Recipe, load_recipe
+from timestep_experts.config import load_recipe
 from timestep_experts.formats import load_bundle
 from timestep_experts.formats.lora import LORA_FILE
 from timestep_experts.inference import attach, detach
 
 DECOUPLE: dict[str, Any] = {
+    "kind": "decouple",
     "intervals": 2,
     "max_train_steps": 2,
     "train_batch_size": 3,
@@ -29,13 +29,14 @@ MERGE = {"refinements": 2, "num_pictures": 2}
 
 
 def merging(home: Path, base: Path, data: Path, **changes: Any) -> Path:
-    """A recipe with experts that become a LoRA, an arm of copies that become one, and an arm that stays as it is."""
-    arms = {
-        "copies": {"decouple": DECOUPLE, "merge": MERGE},
-        "lora": {"experts": {"scales": [{"intervals": 1, "rank": 2}]}},
+    """A recipe with experts that become a LoRA, a variant of copies that become one, and one that stays."""
+    variants = {
+        "copies": {"method": DECOUPLE, "merge": MERGE},
+        "lora": {"method": {"experts": {"scales": [{"intervals": 1, "rank": 2}]}}},
     }
-    recipe = {"foster": {"max_train_steps": 2, "train_batch_size": 2, "learning_rate": 1e-1}, "arms": arms}
-    return write_recipe(home, base, data, **{**recipe, "merge": {**MERGE, "rank": 3}, "assemble": None, **changes})
+    method = {"max_train_steps": 2, "train_batch_size": 2, "learning_rate": 1e-1, "assemble": None}
+    own = {"method": method, "variants": variants, "merge": {**MERGE, "rank": 3}}
+    return write_recipe(home, base, data, **{**own, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +49,10 @@ def run(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def rows_of(run: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    return {(r["arm"], r["mode"]): r for r in json.loads((run / "results.json").read_text())}
+    return {(r["variant"], r["mode"]): r for r in json.loads((run / "results.json").read_text())}
 
 
-def test_every_merged_arm_has_a_row(run: Path, base: Path) -> None:
+def test_every_merged_variant_has_a_row(run: Path, base: Path) -> None:
     rows = rows_of(run)
     modes = [("base", "off"), ("main", "switch"), ("main", "merged"), ("copies", "switch"), ("copies", "merged")]
     assert list(rows) == [*modes, ("lora", "switch")]
@@ -74,7 +75,7 @@ def test_costs_are_those_of_what_is_used(run: Path, base: Path) -> None:
 
 
 def test_merged_copies_are_the_base_plus_weighed_changes_in_diffusers_own_format(run: Path, base: Path) -> None:
-    folder = run / "arms" / "copies"
+    folder = run / "variants" / "copies"
     weights = json.loads((folder / "merged" / "search.json").read_text())["weights"]
     theta = UNet2DConditionModel.from_pretrained(base / "unet").state_dict()
     experts = [UNet2DConditionModel.from_pretrained(folder / "decoupled" / f"range-{i}" / "expert") for i in (0, 1)]
@@ -86,7 +87,7 @@ def test_merged_copies_are_the_base_plus_weighed_changes_in_diffusers_own_format
 
 
 def test_merged_experts_are_a_lora_of_diffusers_and_what_the_row_measured(run: Path, base: Path) -> None:
-    folder = run / "arms" / "main" / "merged"
+    folder = run / "variants" / "main" / "merged"
     pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     inputs = torch.ones(1, 4, 8, 8), torch.tensor([500]), torch.ones(1, 3, pipeline.unet.config["cross_attention_dim"])
     with torch.no_grad():
@@ -101,9 +102,9 @@ def test_merged_experts_are_a_lora_of_diffusers_and_what_the_row_measured(run: P
     assert [scale.rank for scale in load_bundle(folder / "bundle").spec.scales] == [3]
 
 
-@pytest.mark.parametrize("arm", ["main", "copies"])
-def test_weights_are_chosen_on_training_pictures_and_beat_the_rows_they_were_chosen_among(run: Path, arm: str) -> None:
-    search = json.loads((run / "arms" / arm / "merged" / "search.json").read_text())
+@pytest.mark.parametrize("name", ["main", "copies"])
+def test_weights_are_chosen_on_training_pictures_and_beat_the_rows_they_were_chosen_among(run: Path, name: str) -> None:
+    search = json.loads((run / "variants" / name / "merged" / "search.json").read_text())
     counts = search["counts"]
     assert (counts["selection_pictures"], counts["confirmation_pictures"]) == (9, 3)  # training, validation
     losses = {name: row["selection"]["mean"] for name, row in search["loss"].items()}
@@ -111,33 +112,31 @@ def test_weights_are_chosen_on_training_pictures_and_beat_the_rows_they_were_cho
 
 
 def test_the_same_command_repeats_nothing_and_other_settings_merge_anew(base: Path, data: Path, tmp_path: Path) -> None:
-    arms = {"copies": {"decouple": DECOUPLE, "merge": MERGE}}
-    recipe = merging(tmp_path, base, data, arms=arms, merge=None)
-    merged = tmp_path / "out" / "arms" / "copies" / "merged"
+    variants = {"copies": {"method": DECOUPLE, "merge": MERGE}}
+    recipe = merging(tmp_path, base, data, variants=variants, merge=None)
+    merged = tmp_path / "out" / "variants" / "copies" / "merged"
     assert call("run", recipe).code == 0
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in merged.iterdir()}
-    expert = (tmp_path / "out" / "arms" / "copies" / "decoupled" / "range-0" / "result.safetensors").stat().st_mtime_ns
+    expert = (
+        (tmp_path / "out" / "variants" / "copies" / "decoupled" / "range-0" / "result.safetensors").stat().st_mtime_ns
+    )
     assert call("run", recipe).code == 0
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in merged.iterdir()} == before
     assert call("run", recipe, "evaluation.seed=7").code == 0  # of the search's noise too
     assert (merged / "search.json").read_bytes() != before[merged / "search.json"][1]
-    assert call("run", recipe, "arms.copies.merge.method=grid", "arms.copies.merge.grid=[0,0.5]").code == 0
+    assert call("run", recipe, "variants.copies.merge.method=grid", "variants.copies.merge.grid=[0,0.5]").code == 0
     search = json.loads((merged / "search.json").read_text())
     assert {point["why"] for point in search["evaluated"]} == {"table", "grid"}
-    again = tmp_path / "out" / "arms" / "copies" / "decoupled" / "range-0" / "result.safetensors"
+    again = tmp_path / "out" / "variants" / "copies" / "decoupled" / "range-0" / "result.safetensors"
     assert again.stat().st_mtime_ns == expert
 
 
 def test_copies_alone_are_a_run_too_and_its_ranges_can_be_trained_before(
     base: Path, data: Path, tmp_path: Path
 ) -> None:
-    recipe = merging(tmp_path, base, data, decouple=DECOUPLE, merge=MERGE, arms={})
-    document = {
-        k: v for k, v in yaml.safe_load(recipe.read_text()).items() if k not in ("experts", "foster", "assemble")
-    }
-    recipe.write_text(yaml.safe_dump(document))
+    recipe = merging(tmp_path, base, data, method=DECOUPLE, merge=MERGE, variants={})
     assert call("decouple", recipe, "--range", 1).code == 0
-    result = tmp_path / "out" / "decoupled" / "range-1" / "result.safetensors"
+    result = tmp_path / "out" / "variants" / "main" / "decoupled" / "range-1" / "result.safetensors"
     before = result.stat().st_mtime_ns
     outcome = call("run", recipe)
     assert outcome.code == 0, outcome.err
@@ -146,13 +145,13 @@ def test_copies_alone_are_a_run_too_and_its_ranges_can_be_trained_before(
     assert len(rows_of(tmp_path / "out")["main", "merged"]["interval_losses"]) == 2
 
 
-def test_ranges_of_an_arm_are_separate_jobs(run: Path, base: Path, data: Path, tmp_path: Path) -> None:
+def test_ranges_of_a_variant_are_separate_jobs(run: Path, base: Path, data: Path, tmp_path: Path) -> None:
     recipe = merging(tmp_path, base, data)
-    assert call("decouple", recipe, "--arm", "copies", "--range", 1).code == 0
-    own = tmp_path / "out" / "arms" / "copies" / "decoupled"
+    assert call("decouple", recipe, "--variant", "copies", "--range", 1).code == 0
+    own = tmp_path / "out" / "variants" / "copies" / "decoupled"
     assert [path.name for path in own.iterdir()] == ["range-1"]
     name = Path("range-1") / "result.safetensors"
-    assert (own / name).read_bytes() == (run / "arms" / "copies" / "decoupled" / name).read_bytes()
+    assert (own / name).read_bytes() == (run / "variants" / "copies" / "decoupled" / name).read_bytes()
 
 
 def test_the_plan_shows_copies_beside_experts(base: Path, data: Path, tmp_path: Path) -> None:
@@ -162,47 +161,44 @@ def test_the_plan_shows_copies_beside_experts(base: Path, data: Path, tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_an_arm_has_what_it_says(base: Path, data: Path, tmp_path: Path) -> None:
-    def kinds(recipe: Recipe) -> tuple[bool, bool, bool]:
-        return recipe.has_experts, recipe.is_decoupled, recipe.merge is not None
-
+def test_a_variant_has_what_it_says(base: Path, data: Path, tmp_path: Path) -> None:
     loaded = load_recipe(merging(tmp_path, base, data))
-    assert kinds(loaded.arm("main")) == (True, False, True)
-    assert kinds(loaded.arm("copies")) == (False, True, True)
-    assert kinds(loaded.arm("lora")) == (True, False, False)  # it does not merge because main does
-    both = merging(tmp_path / "both", base, data, decouple=DECOUPLE)
-    assert kinds(load_recipe(both)) == (True, False, True)  # the command decouple trains its copies
+    kinds = {variant.name: (variant.method.kind, variant.merge is not None) for variant in loaded.all_variants}
+    # lora does not merge because main does
+    assert kinds == {"main": ("foster", True), "copies": ("decouple", True), "lora": ("foster", False)}
 
 
 def test_what_cannot_be_merged_is_one_clear_error(base: Path, data: Path, tmp_path: Path) -> None:
     def said(name: str, command: str = "run", *arguments: str, **changes: Any) -> str:
         message = refused(command, merging(tmp_path / name, base, data, **changes), *arguments)
-        assert not (tmp_path / name / "out" / "arms").exists()
+        assert not (tmp_path / name / "out" / "variants").exists()
         return message
 
     def copies(**changes: Any) -> dict[str, Any]:
-        return {"copies": {"decouple": DECOUPLE | changes.pop("decouple", {}), "merge": MERGE | changes}}
+        return {"copies": {"method": DECOUPLE | changes.pop("method", {}), "merge": MERGE | changes}}
 
-    assert said("a", merge=MERGE, arms={}) == "recipe: merge.rank: a LoRA needs a rank"
+    assert said("a", merge=MERGE, variants={}) == "recipe: merge.rank: a LoRA needs a rank"
     assert (
-        said("b", arms=copies(rank=4))
-        == "recipe.arms.copies: merge.rank: copies are merged into a copy, which has no rank"
+        said("b", variants=copies(rank=4))
+        == "recipe.variants.copies: merge.rank: copies are merged into a copy, which has no rank"
     )
     wide = "merge.rank: the experts have 10 together, so a LoRA of 11 is too wide"
-    assert wide in said("h", merge=MERGE | {"rank": 11}, arms={})
-    assert "recipe.arms.copies.merge.grid" in said("i", arms=copies(grid=[]))
-    assert "not all projections of kind paper fold" in said("c", arms=copies(decouple={"projection": "paper"}))
-    assert "unknown key; did you mean 'refinements'?" in said("d", arms=copies(refinement=4))
-    distilled = {"distill": {"timesteps": [999, 499]}, "merge": MERGE | {"rank": 2}}
-    assert "which a distilled generator has none of" in said("g", arms={"few": distilled})
-    assert "arm 'copies' has full copies, no experts to foster: use the command decouple" in refused(
-        "foster", merging(tmp_path / "e", base, data), "--arm", "copies"
+    assert wide in said("h", merge=MERGE | {"rank": 11}, variants={})
+    assert "recipe.variants.copies.merge.grid" in said("i", variants=copies(grid=[]))
+    assert "not all projections of kind paper fold" in said("c", variants=copies(method={"projection": "paper"}))
+    assert "unknown key; did you mean 'refinements'?" in said("d", variants=copies(refinement=4))
+    experts = {"scales": [{"intervals": 2}]}
+    method = {"kind": "distill", "experts": experts, "timesteps": [999, 499]}
+    distilled = {"method": method, "merge": MERGE | {"rank": 2}}
+    assert "which a distilled generator has none of" in said("g", variants={"few": distilled})
+    assert "of kind foster; of this recipe it would take copies (decouple)" in refused(
+        "foster", merging(tmp_path / "e", base, data), "--variant", "copies"
     )
-    assert "recipe.decouple: this recipe has no such section" in said("f", "decouple", "--arm", "lora")
+    assert "of kind decouple; of this recipe it would take lora (foster)" in said("f", "decouple", "--variant", "lora")
 
 
 def test_what_is_not_there_yet_is_said_before_anything_is_drawn(base: Path, data: Path, tmp_path: Path) -> None:
     recipe = merging(tmp_path, base, data)
     assert call("foster", recipe).code == 0
-    assert "arm 'main' is not merged yet: the command run does that" in refused("evaluate", recipe)
+    assert "variant 'main' is not merged yet: the command run does that" in refused("evaluate", recipe)
     assert not (tmp_path / "out" / "evaluation").exists()

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from timestep_experts.config import DecoupleConfig, Recipe, parse_recipe
+from timestep_experts.config import MAIN, DecoupleConfig, Recipe, parse_recipe
+from timestep_experts.jobs.methods import Decoupling, method_of
 
 BASE = "base"
 EXPERTS, FINETUNES, PLAIN = "experts", "finetunes", "plain"
@@ -40,10 +41,16 @@ class Copy:
     index: int
 
     @property
+    def method(self) -> Decoupling:
+        """The way in which it is trained."""
+        method = method_of(self.recipe, self.recipe.variant(MAIN))
+        assert isinstance(method, Decoupling)  # see `check`
+        return method
+
+    @property
     def settings(self) -> DecoupleConfig:
         """Of the training."""
-        assert self.recipe.decouple is not None  # see `check`
-        return self.recipe.decouple
+        return self.method.config
 
     @property
     def updates(self) -> int:
@@ -100,23 +107,23 @@ def rows_of(groups: Sequence[str]) -> tuple[Row, ...]:
 
 
 def check(recipe: Recipe) -> DecoupleConfig:
-    """The recipe's section ``decouple``.
+    """The recipe's section ``method``.
 
     Raises:
-        ValueError: it has none, or its experts could not be compared.
+        ValueError: it is of another kind, or its experts could not be compared.
     """
-    if recipe.decouple is None:
-        raise ValueError("recipe.decouple: this recipe has no such section, so there is nothing to compare")
-    if recipe.decouple.num_ranges < 2:
-        raise ValueError("recipe.decouple.intervals: one range is the plain finetune; give at least 2")
-    if recipe.decouple.projection == "paper":
+    if not isinstance(recipe.method, DecoupleConfig):
+        raise ValueError(f"recipe.method.kind: decouple is what is compared here; got {recipe.method.kind}")
+    if recipe.method.num_ranges < 2:
+        raise ValueError("recipe.method.intervals: one range is the plain finetune; give at least 2")
+    if recipe.method.projection == "paper":
         raise ValueError(
-            "recipe.decouple.projection: with paper, projections stay beside the weights, which a search cannot merge;"
+            "recipe.method.projection: with paper, projections stay beside the weights, which a search cannot merge;"
             " use foldable or off"
         )
     if recipe.data.validation_path is None:
         raise ValueError("recipe.data.validation_path: name the folder of pictures that weights are chosen by")
-    return recipe.decouple
+    return recipe.method
 
 
 def copies(recipe: Recipe, seed: int) -> dict[str, tuple[Copy, ...]]:
@@ -171,6 +178,6 @@ def _variant(recipe: Recipe, folder: Path, seed: int, changes: Mapping[str, Any]
     """The recipe with another folder, seed and section; the loss that is logged at a stage's end is a cheap one."""
     document = recipe.model_dump(mode="json", exclude_unset=True)
     document |= {"output_dir": str(folder), "seed": seed}
-    document["decouple"] = {**document["decouple"], **changes}
+    document["method"] = {**document["method"], **changes}
     document["evaluation"] = {**document.get("evaluation", {}), "num_pictures": 8, "bins_per_interval": 1}
-    return parse_recipe(document, where="recipe")
+    return parse_recipe(document)

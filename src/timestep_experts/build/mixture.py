@@ -1,0 +1,100 @@
+"""The experts of a method: their form, the layers that carry them, and the mixture on a base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from timestep_experts.config import DecoupleConfig, DistillConfig, ExpertsConfig, FosterConfig, Recipe, ScaleConfig
+from timestep_experts.intervals import Partition
+from timestep_experts.mixture import Mixture, MixtureSpec, Scale, asymmetric
+from timestep_experts.models import Family
+
+
+def build_spec(experts: ExpertsConfig, num_train_timesteps: int) -> MixtureSpec:
+    """The form of the mixture; base gates are 0."""
+    scales = tuple(_scale(scale, num_train_timesteps) for scale in experts.scales)
+    if all(scale.role == "auto" for scale in experts.scales):
+        scales = asymmetric(scales)
+    return MixtureSpec(scales, experts.router_input, experts.gate, experts.router_knots, experts.dropout)
+
+
+def _scale(config: ScaleConfig, num_train_timesteps: int) -> Scale:
+    if config.boundaries is not None:
+        partition = Partition(config.boundaries)
+        if partition.num_train_timesteps != num_train_timesteps:
+            raise ValueError(
+                f"recipe.method.experts.scales: the boundaries of {config.label} end at"
+                f" {partition.num_train_timesteps:g}; this base model has {num_train_timesteps} timesteps"
+            )
+    else:
+        partition = Partition.uniform(config.num_experts, num_train_timesteps)
+    alpha = config.lora_alpha or config.rank
+    return Scale(config.label, partition, config.rank, alpha, gated=config.role == "context")
+
+
+def build_decoupled_partition(config: DecoupleConfig, num_train_timesteps: int) -> Partition:
+    """The ranges of full copies.
+
+    Raises:
+        ValueError: they do not end at the base's T.
+    """
+    if config.boundaries is None:
+        return Partition.uniform(config.num_ranges, num_train_timesteps)
+    partition = Partition(config.boundaries)
+    if partition.num_train_timesteps != num_train_timesteps:
+        raise ValueError(
+            f"recipe.method.boundaries end at {partition.num_train_timesteps:g}; this base model has"
+            f" {num_train_timesteps} timesteps"
+        )
+    return partition
+
+
+def build_targets(
+    experts: ExpertsConfig, denoisers: Mapping[str, nn.Module], text_encoders: Mapping[str, nn.Module]
+) -> tuple[dict[str, nn.Module], dict[str, tuple[str, ...] | str]]:
+    """The networks that carry experts, and which of their modules do.
+
+    Raises:
+        ValueError: text encoders are to carry experts where there are none.
+    """
+    networks, targets = dict(denoisers), dict.fromkeys(denoisers, experts.target_modules)
+    if experts.text_target_modules is None:
+        return networks, targets
+    if not text_encoders:
+        raise ValueError("recipe.method.experts.text_target_modules: this base model has no text encoder")
+    wanted = experts.text_target_modules
+    chosen = wanted if isinstance(wanted, Mapping) else dict.fromkeys(text_encoders, wanted)
+    for name in chosen:
+        if name not in text_encoders:
+            known = ", ".join(text_encoders)
+            raise ValueError(
+                f"recipe.method.experts.text_target_modules: no text encoder {name!r}; this base has {known}"
+            )
+        networks[name] = text_encoders[name]
+    return networks, {**targets, **chosen}
+
+
+def build_mixture(recipe: Recipe, method: FosterConfig | DistillConfig, family: Family) -> Mixture:
+    """Attach a method's experts to the family's denoisers and, where it says so, to its text encoders.
+
+    Contexts that are fostered jointly have a base gate of 1: experts that grew up together fit only each other.
+    """
+    experts = method.experts
+    spec = build_spec(experts, family.noise.num_train_timesteps)
+    if isinstance(method, FosterConfig) and method.schedule == "joint":
+        spec = spec.with_base_gates(1.0)
+    networks, targets = build_targets(experts, family.denoisers, family.text_encoders)
+    mixture = Mixture.attach(
+        networks,
+        spec,
+        targets,
+        owned=family.owned_intervals,
+        timestep_scale=family.timestep_scale,
+        seed=recipe.seed,
+    )
+    if experts.text_dropout is not None:
+        for name in networks.keys() & family.text_encoders.keys():
+            mixture.set_dropout(experts.text_dropout, name)
+    return mixture

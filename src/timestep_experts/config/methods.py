@@ -1,0 +1,189 @@
+"""The ways of training, each with its own settings: the section ``method`` of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from timestep_experts.config.sections import OptimizerConfig, Share, Strict
+
+Modes: TypeAlias = Annotated[
+    tuple[Literal["switch", "route"], ...], Field(description="the modes in which the experts are evaluated")
+]
+
+
+class ScaleConfig(Strict):
+    """One set of experts."""
+
+    intervals: PositiveInt | None = Field(None, description="this many equal intervals")
+    boundaries: tuple[float, ...] | None = Field(None, description="or explicit ones, from 0 to T")
+    name: str | None = Field(None, description="null: n<intervals>")
+    rank: PositiveInt = 4
+    lora_alpha: PositiveFloat | None = Field(None, description="null: equal to rank")
+    role: Literal["auto", "core", "context"] = Field("auto", description="auto: the finest scale is the core")
+    learning_rate: PositiveFloat | tuple[PositiveFloat, ...] | None = Field(None, description="own, or one per expert")
+    max_train_steps: PositiveInt | tuple[PositiveInt, ...] | None = Field(None, description="own, or one per expert")
+    gan_train_steps: PositiveInt | tuple[PositiveInt, ...] | None = Field(None, description="the same, of gan")
+
+    @model_validator(mode="after")
+    def _one_partition(self) -> ScaleConfig:
+        if (self.intervals is None) == (self.boundaries is None):
+            raise ValueError("give either intervals or boundaries")
+        for key in ("learning_rate", "max_train_steps", "gan_train_steps"):
+            value = getattr(self, key)
+            if isinstance(value, tuple) and len(value) != self.num_experts:
+                raise ValueError(f"{self.num_experts} experts need as many values of {key}; got {len(value)} values")
+        return self
+
+    @property
+    def num_experts(self) -> int:
+        """Intervals of this scale."""
+        return self.intervals or len(self.boundaries or ()) - 1
+
+    @property
+    def label(self) -> str:
+        """Its name in files."""
+        return self.name or f"n{self.num_experts}"
+
+
+class ExpertsConfig(Strict):
+    """The low-rank experts on the denoiser, and on the text encoders."""
+
+    target_modules: tuple[str, ...] | str = ("to_q", "to_k", "to_v", "to_out.0")
+    text_target_modules: tuple[str, ...] | str | Mapping[str, tuple[str, ...] | str] | None = Field(
+        None, description="of every text encoder, or of those named (text_encoder_2: [...]); null: none"
+    )
+    scales: tuple[ScaleConfig, ...] = Field(min_length=1)
+    dropout: Share = Field(0.0, description="of what experts see while they train")
+    text_dropout: Share | None = Field(None, description="the same on text encoders; null: dropout")
+    router_input: Literal["z_and_t", "z", "t"] = "z_and_t"
+    gate: Literal["sample", "token"] = "sample"
+    router_knots: Annotated[int, Field(ge=2)] | None = Field(None, description="null: the paper's table over every t")
+
+
+class AssembleConfig(Strict):
+    """Stage 2: the experts are frozen, and the routers learn."""
+
+    max_train_steps: PositiveInt = 1000
+    train_batch_size: PositiveInt = 64
+    learning_rate: PositiveFloat = 1e-4
+    table_learning_rate: PositiveFloat | None = Field(None, description="of E; null: 50 times learning_rate")
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class FosterConfig(Strict):
+    """Low-rank experts learn their intervals by the base's own loss; then routers assemble them."""
+
+    kind: Literal["foster"]
+    experts: ExpertsConfig
+    schedule: Literal["independent", "coarse_to_fine", "joint"] = "joint"
+    max_train_steps: PositiveInt = 1000
+    train_batch_size: PositiveInt = Field(8, description="per interval and step")
+    learning_rate: PositiveFloat = 1e-4
+    text_learning_rate: PositiveFloat | None = Field(None, description="on text encoders; null: learning_rate")
+    text_weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="there; null: the optimiser's")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    assemble: AssembleConfig | None = Field(AssembleConfig(), description="stage 2; null: no routers are trained")
+    modes: Modes = ("switch", "route")
+
+    @model_validator(mode="after")
+    def _has_no_second_phase(self) -> FosterConfig:
+        if any(scale.gan_train_steps is not None for scale in self.experts.scales):
+            raise ValueError("experts.scales: gan_train_steps belongs to the gan of a distillation")
+        return self
+
+
+class GanConfig(Strict):
+    """The second phase of distillation: the same with a discriminator."""
+
+    max_train_steps: PositiveInt = 5000
+    train_batch_size: PositiveInt = Field(16, description="per step of the generator that an expert owns")
+    learning_rate: PositiveFloat = 5e-7
+    fake_learning_rate: PositiveFloat | None = Field(None, description="null: learning_rate")
+    generator_weight: Annotated[float, Field(ge=0)] = 1e-3
+    discriminator_weight: Annotated[float, Field(ge=0)] = 1e-2
+
+
+class DistillConfig(Strict):
+    """Low-rank experts become a few-step generator by distribution matching; routers may assemble them."""
+
+    kind: Literal["distill"]
+    experts: ExpertsConfig
+    timesteps: tuple[int, ...] = Field((999, 749, 499, 249), description="of the generator's steps, descending")
+    inputs: Literal["backsim", "real"] = Field(
+        "backsim", description="experts see what earlier ones draw, or training pictures made noisy"
+    )
+    guidance_scale: Annotated[float, Field(ge=0)] = Field(1.75, description="of the real score; the generator has none")
+    generator_interval: PositiveInt = Field(10, description="updates of the fake score (steps) per generator update")
+    max_train_steps: PositiveInt = 20000
+    train_batch_size: PositiveInt = Field(32, description="per step of the generator that an expert owns")
+    learning_rate: PositiveFloat = 1e-5
+    fake_learning_rate: PositiveFloat | None = Field(None, description="of the fake score; null: learning_rate")
+    gan: GanConfig | None = Field(GanConfig(), description="null: no second phase")
+    optimizer: OptimizerConfig = OptimizerConfig(max_grad_norm=10.0)
+    assemble: AssembleConfig | None = Field(
+        AssembleConfig(), description="stage 2, by the losses of the last phase; null: no routers are trained"
+    )
+    modes: Modes = ("switch", "route")
+
+    @model_validator(mode="after")
+    def _second_phase_has_a_gan(self) -> DistillConfig:
+        if self.gan is None and any(scale.gan_train_steps is not None for scale in self.experts.scales):
+            raise ValueError("experts.scales: gan_train_steps belongs to gan, which is null here")
+        return self
+
+
+class DecoupleOptimizerConfig(OptimizerConfig):
+    """The same with DeMe's options."""
+
+    options: Mapping[str, float | bool | tuple[float, ...]] = {"weight_decay": 1e-6, "betas": (0.95, 0.999)}
+
+
+class DecoupleConfig(Strict):
+    """Full copies of the denoiser learn one range of timesteps each."""
+
+    kind: Literal["decouple"]
+    intervals: PositiveInt | None = Field(None, description="this many equal ranges")
+    boundaries: tuple[float, ...] | None = Field(None, description="or explicit ones, from 0 to T")
+    max_train_steps: PositiveInt | tuple[PositiveInt, ...] = Field(20000, description="updates, or one per range")
+    learning_rate: PositiveFloat = 5e-5
+    train_batch_size: PositiveInt = Field(64, description="samples per optimiser update")
+    optimizer: DecoupleOptimizerConfig = DecoupleOptimizerConfig()
+    trainable: str | None = Field(None, description="a regular expression of whole parameter names; null: all")
+    projection: Literal["off", "paper", "foldable"] = "off"
+    consistency: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(1.0, description="lambda; 0: off")
+    full_range_probability: Annotated[float, Field(ge=0, le=1)] = Field(0.3, description="p: t from all timesteps")
+    sampling: Literal["sample", "batch"] = Field("sample", description="what p is thrown for")
+    antithetic: bool = Field(False, description="draw t in mirrored pairs")
+    weighting: Literal["none", "snr_plus_one", "truncated", "min_snr", "p2", "uncertainty"] = "none"
+    uncertainty_intervals: PositiveInt = Field(4, description="ranges of t that have a log-variance of their own")
+    uncertainty_learning_rate: PositiveFloat = 1e-3
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = Field(0.9999, description="null: keep the last weights")
+    ema_warmup: bool = Field(True, description="the decay of update n is at most (1 + n) / (10 + n)")
+
+    @model_validator(mode="after")
+    def _one_partition(self) -> DecoupleConfig:
+        if (self.intervals is None) == (self.boundaries is None):
+            raise ValueError("give either intervals or boundaries")
+        steps = self.max_train_steps
+        if isinstance(steps, tuple) and len(steps) != self.num_ranges:
+            raise ValueError(f"{self.num_ranges} ranges need as many values of max_train_steps; got {len(steps)}")
+        return self
+
+    @property
+    def num_ranges(self) -> int:
+        """How many experts there are."""
+        return self.intervals or len(self.boundaries or ()) - 1
+
+
+MethodConfig: TypeAlias = Annotated[FosterConfig | DistillConfig | DecoupleConfig, Field(discriminator="kind")]
+"""What a variant trains. Another way of training is one more class here and one more file in ``jobs/methods``."""
+
+KINDS: Mapping[str, type[FosterConfig | DistillConfig | DecoupleConfig]] = {
+    "foster": FosterConfig,
+    "distill": DistillConfig,
+    "decouple": DecoupleConfig,
+}
+"""The same by their names in a recipe."""

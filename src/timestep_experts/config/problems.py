@@ -1,0 +1,74 @@
+"""What is wrong with a recipe: one line per problem, with its path, the reason and the nearest valid key."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from timestep_experts.config.methods import KINDS
+
+
+def explain_all(error: ValidationError, where: str, root: type[BaseModel]) -> list[str]:
+    """One line per problem.
+
+    Args:
+        error: of a validation.
+        where: the path of what was validated.
+        root: its schema.
+    """
+    problems = [problem for problem in error.errors() if not _is_consequence(problem, error.errors())]
+    return [_explain(problem, where, root) for problem in problems]
+
+
+def _is_consequence(problem: Mapping[str, Any], problems: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a list only counts as too short because its items are wrong, which they say themselves."""
+    place = problem["loc"]
+    return problem["type"] == "too_short" and any(
+        p["loc"] != place and p["loc"][: len(place)] == place for p in problems
+    )
+
+
+def _explain(problem: Mapping[str, Any], where: str, root: type[BaseModel]) -> str:
+    if problem["type"] == "variants":
+        return str(problem["msg"])
+    place = ".".join([where, *_keys(problem["loc"])])
+    if problem["type"].startswith("union_tag"):
+        got = problem["input"].get("kind") if isinstance(problem["input"], Mapping) else problem["input"]
+        return f"{place}.kind: allowed are {', '.join(KINDS)} (got {got!r})"
+    if problem["type"] != "extra_forbidden":
+        is_section = isinstance(problem["input"], Mapping)  # its keys are at odds, and the message names them
+        got = "" if is_section and problem["type"] == "value_error" else f" (got {problem['input']!r})"
+        return f"{place}: {problem['msg'].removeprefix('Value error, ')}{got}"
+    *parents, key = problem["loc"]
+    near = difflib.get_close_matches(str(key), _keys_under(parents, root), 1)
+    return f"{place}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _keys(place: Sequence[str | int]) -> Iterator[str]:
+    """The keys of a path as the recipe has them: pydantic writes the kind of a method into it."""
+    for index, part in enumerate(place):
+        if not (index and place[index - 1] == "method" and part in KINDS):
+            yield str(part)
+
+
+def _keys_under(parents: Sequence[str | int], root: type[BaseModel]) -> list[str]:
+    """The valid keys of the section to which a path of keys and list indices leads."""
+    section = root
+    for part in parents:
+        field = section.model_fields.get(str(part))
+        if str(part) in KINDS:
+            section = KINDS[str(part)]
+        elif field is not None:
+            section = next(_models_of(field.annotation), section)
+    return list(section.model_fields)
+
+
+def _models_of(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The schemas that a type mentions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_of(inner)

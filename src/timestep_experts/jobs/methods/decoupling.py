@@ -1,0 +1,304 @@
+"""Decoupling: full copies of the denoiser learn one range of timesteps each, and may be merged (DeMe)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from timestep_experts.build import (
+    RunContext,
+    build_decouple_settings,
+    build_decoupled_partition,
+    build_optimiser_settings,
+    build_sample_settings,
+    build_sampling_defaults,
+)
+from timestep_experts.config import DecoupleConfig, Recipe, Variant
+from timestep_experts.data import MediaSettings
+from timestep_experts.formats import tool_versions
+from timestep_experts.formats.checkpoints import Checkpoint
+from timestep_experts.formats.experts import (
+    ExpertRecord,
+    StoredProjections,
+    find_experts,
+    read_projections,
+    write_expert,
+)
+from timestep_experts.inference import SampleSettings, attach_ensemble
+from timestep_experts.intervals import Partition
+from timestep_experts.jobs.methods.base import training_cost
+from timestep_experts.jobs.methods.bundles import require_merged
+from timestep_experts.jobs.methods.merging import base_sha256, merge_copies
+from timestep_experts.jobs.methods.protocol import Candidate, Costs
+from timestep_experts.jobs.paths import VariantPaths
+from timestep_experts.jobs.plan import (
+    Memory,
+    StagePlan,
+    base_bytes,
+    count_stage,
+    pixel_shape,
+    planned_device,
+    prepare_for_memory,
+    read_base,
+)
+from timestep_experts.jobs.stages import Preview, train_stage
+from timestep_experts.merging import fold, folded_layers
+from timestep_experts.mixture import Mixture, ParameterCount
+from timestep_experts.models import Family, Outline
+from timestep_experts.training import Decoupled, DecoupleSettings, decouple
+from timestep_experts.training.full_copy import FullCopy, matching_names
+from timestep_experts.training.memory import fake_networks, fake_pictures, step_peak
+from timestep_experts.training.optimiser import state_bytes
+
+
+@dataclass(frozen=True)
+class Decoupling:
+    """See `Method`."""
+
+    kind: ClassVar[str] = "decouple"
+    recipe: Recipe
+    variant: Variant
+    config: DecoupleConfig
+    paths: VariantPaths
+
+    def train(self, context: RunContext) -> None:
+        """Train the copies of all ranges, and merge them if the variant says so."""
+        for index in range(self.config.num_ranges):
+            self.train_range(index, context)
+        merge_copies(self.recipe, self.variant, self.paths, context, self.partition)
+
+    def train_range(self, index: int, context: RunContext) -> tuple[Path, tuple[str, ...]]:
+        """Train the copy of one range and write its folder, which ``merge`` and any diffusers tool read.
+
+        Args:
+            index: of the range, from 0 at low noise.
+            context: base and pictures.
+
+        Returns:
+            The copy's folder, and the names of projections that are not in its weights.
+
+        Raises:
+            ValueError: see `training.decouple` and `run_stage`.
+        """
+        family = context.family
+        settings = self.settings(family.noise.num_train_timesteps)
+        decoupled = decouple(family, settings, index)
+        preview = Preview(
+            decoupled.family,
+            build_sample_settings(self.recipe, context.media),
+            settings.partition,
+            observing=decoupled.trainee.as_expert,
+        )
+        with _base_away(family, settings):
+            train_stage(
+                self.recipe,
+                context,
+                decoupled.stage,
+                decoupled.trainee,
+                decoupled.family,
+                self.config.optimizer,
+                self.paths.copy_stage(index),
+                self._deciding(settings, index),
+                preview,
+            )
+        return self.paths.copy(index), self._write(settings, index, decoupled, context)
+
+    def settings(self, num_train_timesteps: int) -> DecoupleSettings:
+        """How the copies are trained; see `build_decouple_settings`."""
+        return build_decouple_settings(self.recipe, self.config, num_train_timesteps)
+
+    def _deciding(self, settings: DecoupleSettings, index: int) -> dict[str, Any]:
+        """Whatever of the method decides the bytes of one copy; other ranges' budgets do not."""
+        return {
+            **self.config.model_dump(mode="json", exclude={"intervals", "boundaries", "max_train_steps"}),
+            "boundaries": list(settings.partition.boundaries),
+            "range": index,
+            "max_train_steps": settings.max_train_steps[index],
+        }
+
+    def _write(
+        self, settings: DecoupleSettings, index: int, decoupled: Decoupled, context: RunContext
+    ) -> tuple[str, ...]:
+        trainee, denoiser = decoupled.trainee, decoupled.trainee.denoiser
+        shared = {"data", "resolution", "max_sequence_length"}
+        record = ExpertRecord(
+            index=index,
+            boundaries=settings.partition.boundaries,
+            base_model=self.recipe.pretrained_model_name_or_path,
+            denoiser_class=type(denoiser).__name__,
+            seed=self.recipe.seed,
+            sampling=build_sampling_defaults(self.recipe, context.media),
+            provenance={
+                "recipe": {
+                    **self.recipe.model_dump(mode="json", include=shared),
+                    "method": self.config.model_dump(mode="json"),
+                },
+                "versions": tool_versions(),
+            },
+        )
+        with trainee.as_expert():
+            deltas = {name: delta.detach().cpu().clone() for name, delta in trainee.projections.named_deltas().items()}
+            tensors = expert_tensors(trainee, deltas)
+        places = tuple(trainee.projections.places)
+        projections = StoredProjections(places, deltas) if places else None
+        config: Any = decoupled.family.denoiser
+        base = base_sha256(self.recipe, decoupled.family)
+        write_expert(self.paths.copy(index), config.save_config, tensors, record, base, projections)
+        return tuple(trainee.projections.kept())
+
+    def candidates(self) -> list[Candidate]:
+        """The copies as an ensemble, and merged."""
+        rows: list[Candidate] = [CopiesCandidate(self, "switch")]
+        return rows if self.variant.merge is None else [*rows, CopiesCandidate(self, "merged")]
+
+    def partition(self, num_train_timesteps: int) -> Partition:
+        """The ranges."""
+        return build_decoupled_partition(self.config, num_train_timesteps)
+
+    def notes(self) -> list[str]:
+        """See `Method`."""
+        return [
+            "Decoupled copies switch as an ensemble. They take the base's place, so none of their parameters is active"
+            " on top of it; stored is what must be kept of them."
+        ]
+
+    def plan(self, *, with_memory: bool = False, indices: Sequence[int] | None = None) -> list[StagePlan]:
+        """See `Method`.
+
+        Args:
+            with_memory: estimate memory too.
+            indices: only these ranges; ``None`` for all.
+        """
+        outline = read_base(self.recipe)
+        settings = self.settings(outline.num_train_timesteps)
+        family = outline.make_family()
+        plans = []
+        for number in range(len(settings.partition)) if indices is None else indices:
+            plan = count_stage(self.variant.name, decouple(family, settings, number).stage)
+            plans.append(replace(plan, samples_per_expert=(plan.samples, plan.samples), num_experts=1))
+        if not with_memory:
+            return plans
+        memory = self._estimate(outline, family, settings)
+        return [replace(plan, memory=memory) for plan in plans]
+
+    def _estimate(self, outline: Outline, family: Family, settings: DecoupleSettings) -> Memory:
+        """The memory of one range's training, which is that of every other one: a step of it on fake tensors."""
+        recipe, training = self.recipe, self.recipe.training
+        on_accelerator = planned_device(recipe) != "cpu"
+        base = base_bytes(recipe, outline, trains_text=False)
+        if not settings.consistency and on_accelerator:
+            base -= sum(tensor.nbytes for tensor in (*family.denoiser.parameters(), *family.denoiser.buffers()))
+        prepare_for_memory(recipe, family)
+        networks = [*outline.denoisers.values(), *outline.text_encoders.values(), *outline.autoencoders.values()]
+        with fake_networks(networks):
+            pictures = fake_pictures(family, pixel_shape(recipe, family), as_tokens=False)
+            with warnings.catch_warnings():  # a copy of a fake tensor asks for its address
+                warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+                made = decouple(family, settings, 0)
+            peak = step_peak(
+                made.stage,
+                made.trainee,
+                made.family,
+                pictures,
+                training.gradient_accumulation_steps,
+                training.mixed_precision,
+                on_accelerator=on_accelerator,
+            )
+        optimiser = build_optimiser_settings(self.config.optimizer)
+        trained = 4 * sum(parameter.numel() for parameter in made.stage.parameters())
+        copies = sum(4 * p.numel() for p in made.trainee.denoiser.parameters())
+        copies += trained * (settings.ema_decay is not None)
+        shapes = [leaf.shape for learner in made.stage.learners for leaf in learner.leaves]
+        return Memory(base, copies + trained + state_bytes(optimiser.name, optimiser.options, shapes), peak - trained)
+
+
+@dataclass(frozen=True)
+class CopiesCandidate:
+    """See `Candidate`: full copies as an ensemble, or merged into one."""
+
+    method: Decoupling
+    mode: Literal["switch", "merged"]
+
+    @property
+    def variant(self) -> str:
+        """The name of the variant."""
+        return self.method.variant.name
+
+    def check(self) -> None:
+        """See `Candidate`."""
+        if self.mode == "merged":
+            require_merged(self.variant, self.method.paths)
+        find_experts(self.method.paths.copies)
+
+    def files(self) -> list[Path]:
+        """The weights of all copies, or of the merged one."""
+        if self.mode == "merged":
+            return list(Checkpoint(self.method.paths.merged).files)
+        return copy_files(self.method.paths)
+
+    @contextmanager
+    def on(self, family: Family) -> Iterator[Mixture | None]:
+        """Put the copies in the denoiser's place."""
+        folders, partition, _ = find_experts(self.method.paths.copies)
+        if self.mode == "merged":
+            folders = [self.method.paths.merged]
+            partition = Partition.uniform(1, partition.num_train_timesteps)
+        ensemble = attach_ensemble(family.pipeline(), folders, partition, "all")
+        try:
+            yield None
+        finally:
+            ensemble.detach()
+
+    def costs(self, family: Family, mixture: Mixture | None) -> Costs:  # noqa: ARG002 - copies are no mixture
+        """Copies take the base's place, so none of their parameters comes on top of it while they generate."""
+        settings = self.method.settings(family.noise.num_train_timesteps)
+        folders, _, _ = find_experts(self.method.paths.copies)
+        sizes = {name: parameter.numel() for name, parameter in family.denoiser.named_parameters()}
+        trained = len(folders) * sum(sizes[name] for name in matching_names(family.denoiser, settings.trainable))
+        for folder in folders:
+            projections = read_projections(folder)
+            trained += 0 if projections is None else sum(delta.numel() for delta in projections.deltas.values())
+        stored = sum(sizes.values()) * (1 if self.mode == "merged" else len(folders))
+        return Costs(ParameterCount(stored, 0, trained), *training_cost(self.method.paths.finished_stages()))
+
+    def sampling(self, media: MediaSettings) -> SampleSettings:
+        """As the base."""
+        return build_sample_settings(self.method.recipe, media)
+
+
+def copy_files(paths: VariantPaths) -> list[Path]:
+    """The weights of all copies, from low to high noise.
+
+    Raises:
+        ValueError: a range has none yet.
+    """
+    folders, _, _ = find_experts(paths.copies)
+    return [file for folder in folders for file in Checkpoint(folder).files]
+
+
+def expert_tensors(trainee: FullCopy, deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy's weights as they are now, on the CPU, with foldable projections in them."""
+    tensors = {name: tensor.detach().cpu() for name, tensor in trainee.denoiser.state_dict().items()}
+    for layer, projection in folded_layers(trainee.projections.places).items():
+        for name in (f"{layer}.weight", f"{layer}.bias"):
+            if name in tensors:
+                tensors[name] = fold(tensors[name], deltas[projection])
+    return tensors
+
+
+@contextmanager
+def _base_away(family: Family, settings: DecoupleSettings) -> Iterator[None]:
+    """Without consistency nothing asks the base: it is on the CPU while its copy trains."""
+    home = family.device
+    try:
+        if not settings.consistency:
+            family.denoiser.to("cpu")
+        yield
+    finally:
+        family.denoiser.to(home)
