@@ -56,13 +56,14 @@ from timestep_experts.formats.model_folders import find_weights
 from timestep_experts.inference import attach_ensemble, sample
 from timestep_experts.intervals import Partition
 from timestep_experts.jobs.evaluate import prepare_output
-from timestep_experts.jobs.merge import merge, read_search
-from timestep_experts.jobs.search import SearchInputs, search_experts
-from timestep_experts.jobs.search_methods import SearchObjective, SearchSettings
+from timestep_experts.jobs.measuring import measured_base
 from timestep_experts.merging import MergeSettings
 from timestep_experts.models import Family
 from timestep_experts.report import save_sheet
 from timestep_experts.report.search_figures import range_losses
+from timestep_experts.weights.merge import merge, read_search
+from timestep_experts.weights.search import SearchInputs, search_experts
+from timestep_experts.weights.search_methods import SearchObjective, SearchSettings
 
 NUM_SHOWN = 8
 ResultRow = dict[str, Any]
@@ -295,7 +296,7 @@ def _search(job: RowJob, folders: Sequence[Path], output: Path) -> None:
     evaluation = recipe.evaluation.model_copy(update={"num_pictures": settings.search_pictures})
     inputs = SearchInputs(tuple(folders), {}, ranges_of(recipe).boundaries)
     search_experts(
-        recipe.model_copy(update={"evaluation": evaluation}),
+        measured_base(recipe.model_copy(update={"evaluation": evaluation})),
         inputs,
         output,
         SearchSettings(objective=settings.objective, seed=job.seed),

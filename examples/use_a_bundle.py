@@ -10,8 +10,8 @@ import sys
 import torch
 from diffusers import StableDiffusionPipeline
 
-from timestep_experts.build import resolve_model
 from timestep_experts.inference import attach, detach
+from timestep_experts.models import resolve_model
 
 PROMPT = "a red plain star above a blue dotted circle"
 

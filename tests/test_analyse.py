@@ -20,12 +20,12 @@ from timestep_experts.config import load_recipe
 from timestep_experts.evaluation.gradients import GradientSettings, add_to_sketch, measure_gradients
 from timestep_experts.evaluation.merges import MergeLosses
 from timestep_experts.intervals import Interval, Partition
-from timestep_experts.jobs.analyse import analyse, as_yaml, block_of, propose
 from timestep_experts.merging import Evaluated
 from timestep_experts.models import StableDiffusion
 from timestep_experts.objectives import squared_error
 from timestep_experts.report.search_figures import loss_landscape, range_losses, similarity_map, task_vector_map
 from timestep_experts.training.batches import generator_for
+from timestep_experts.weights.analyse import analyse, as_yaml, block_of, propose
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 

@@ -120,6 +120,14 @@ def test_a_value_error_of_a_library_is_not_blamed_on_the_user(monkeypatch: pytes
         call("run", "recipe.yaml")
 
 
+def test_an_unexpected_value_error_of_our_own_is_not_blamed_on_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = {"__name__": "timestep_experts.anywhere"}
+    exec("def fail(*_): raise ValueError('a bug')", ours)
+    monkeypatch.setattr(cli, "_load", ours["fail"])
+    with pytest.raises(ValueError, match="a bug"):
+        call("run", "recipe.yaml")
+
+
 # Explaining
 
 

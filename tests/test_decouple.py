@@ -22,9 +22,9 @@ from timestep_experts.formats.checkpoints import Checkpoint, file_sha256
 from timestep_experts.formats.experts import BASE_KEY, find_experts, read_projections, read_record, write_projections
 from timestep_experts.inference import attach_ensemble, attach_projections
 from timestep_experts.intervals import Partition
-from timestep_experts.jobs.merge import merge
 from timestep_experts.merging import MergeSettings, fold, unfold
 from timestep_experts.training.log import read_log
+from timestep_experts.weights.merge import merge
 
 # of numpy, met in the schedulers of diffusers
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from timestep_experts.build import resolve_model
 from timestep_experts.formats import Bundle, save_bundle
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale
+from timestep_experts.models import resolve_model
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

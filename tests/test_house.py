@@ -24,6 +24,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 # A room imports itself and rooms of earlier rows. `build` turns a recipe into objects, so `config` stands before it.
 ORDER = (
+    ("errors",),
     ("intervals", "world"),
     ("mixture", "merging", "objectives"),
     ("formats",),
@@ -32,6 +33,7 @@ ORDER = (
     ("training", "inference"),
     ("evaluation",),
     ("report",),
+    ("weights",),
     ("config",),
     ("build",),
     ("jobs",),
@@ -39,7 +41,7 @@ ORDER = (
     ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-TORCH_ONLY = ("intervals", "mixture", "merging", "objectives")
+TORCH_ONLY = ("errors", "intervals", "mixture", "merging", "objectives")
 IMPORTERS = {
     "typer": ("cli",),
     f"{PACKAGE}.config": ("build", "jobs", "cli"),
@@ -318,7 +320,7 @@ def test_import_loads_no_heavy_library(import_cost: tuple[float, list[str]]) -> 
 
 
 def test_merging_loads_no_heavy_library() -> None:
-    _, heavy = measure_import(SOURCE.parent, module=f"{PACKAGE}.cli, {PACKAGE}.jobs.merge")
+    _, heavy = measure_import(SOURCE.parent, module=f"{PACKAGE}.cli, {PACKAGE}.weights.merge")
     assert heavy == [], f"merge would wait for {', '.join(heavy)}, which it does not need"
 
 

@@ -22,12 +22,12 @@ from timestep_experts.config import load_recipe
 from timestep_experts.formats import Bundle, load_bundle, save_bundle
 from timestep_experts.formats.lora import LORA_FILE
 from timestep_experts.inference import attach
-from timestep_experts.jobs.extract import extract_lora
-from timestep_experts.jobs.inputs import BASE_KEY
-from timestep_experts.jobs.lora import LoraSettings, expert_shares, label_experts, merge_lora, read_parts
-from timestep_experts.jobs.search_methods import SearchSettings
 from timestep_experts.merging import QuadraticSettings, weighted_sum
 from timestep_experts.mixture import Mixture, MixtureSpec
+from timestep_experts.weights.extract import extract_lora
+from timestep_experts.weights.inputs import BASE_KEY
+from timestep_experts.weights.lora import LoraSettings, expert_shares, label_experts, merge_lora, read_parts
+from timestep_experts.weights.search_methods import SearchSettings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),

@@ -18,8 +18,8 @@ from conftest import max_error, normal, tiny_pipeline, tiny_unet
 from test_checkpoints import write_shards
 from test_cli import call, refused
 from timestep_experts.formats.checkpoints import Checkpoint
-from timestep_experts.jobs.merge import BASE_KEY, MERGE_KEY, make_settings, merge, read_block_weights
 from timestep_experts.merging import MergeSettings, merge_linear, merge_ties
+from timestep_experts.weights.merge import BASE_KEY, MERGE_KEY, make_settings, merge, read_block_weights
 
 HALVES = MergeSettings((0.5, -0.25))
 

@@ -19,21 +19,21 @@ from test_cli import call, refused
 from timestep_experts.config import load_recipe
 from timestep_experts.data import EncodedPictures, halves_by_caption
 from timestep_experts.evaluation import LossSettings, loss_curve
-from timestep_experts.evaluation.merges import MergeBench, Trial
+from timestep_experts.evaluation.merges import MergeBench, MergeSplit
 from timestep_experts.intervals import Partition
-from timestep_experts.jobs import search as search_module
-from timestep_experts.jobs.inputs import BASE_KEY
-from timestep_experts.jobs.merge import merge, read_search
-from timestep_experts.jobs.search import (
+from timestep_experts.merging import LiveMerge, QuadraticSettings, WeightGroups, num_coefficients
+from timestep_experts.models import StableDiffusion
+from timestep_experts.weights import search as search_module
+from timestep_experts.weights.inputs import BASE_KEY
+from timestep_experts.weights.merge import merge, read_search
+from timestep_experts.weights.search import (
     SearchInputs,
     named_points,
     read_groups,
     search_experts,
     search_weights,
 )
-from timestep_experts.jobs.search_methods import SearchSettings, make_search_settings
-from timestep_experts.merging import LiveMerge, QuadraticSettings, WeightGroups, num_coefficients
-from timestep_experts.models import StableDiffusion
+from timestep_experts.weights.search_methods import SearchSettings, make_search_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
@@ -109,24 +109,24 @@ def test_weights_in_place_have_the_losses_of_the_models_they_stand_for(family: S
     live = family.denoiser.state_dict()
     before = {name: value.clone() for name, value in live.items()}
     experts = [near(tiny_pipeline().unet, seed) for seed in (1, 2)]
-    trial = Trial.on_halves(family, pictures, SETTINGS, seed=0)
+    split = MergeSplit.on_halves(family, pictures, SETTINGS, seed=0)
     base_curve = loss_curve(family, halves_by_caption(pictures, 0)[0], SETTINGS)
     with LiveMerge(live, [expert.state_dict() for expert in experts]) as merged:
-        bench = MergeBench(trial, lambda w: merged.set(dict.fromkeys(merged.names, w)))
+        bench = MergeBench(split, lambda w: merged.set(dict.fromkeys(merged.names, w)))
         curves = [bench.curve(w) for w in [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0)]]
-        again = MergeBench(trial, lambda w: merged.set(dict.fromkeys(merged.names, w)))
+        again = MergeBench(split, lambda w: merged.set(dict.fromkeys(merged.names, w)))
         assert again.curve((0.3, 0.4)) == bench.curve((0.3, 0.4))
         assert [again.curve(w) for w in [(0.0, 1.0), (0.0, 0.0)]] == [curves[2], curves[0]]  # the order is no matter
     assert all(torch.equal(live[name], before[name]) for name in before)
     assert curves[0] == base_curve
     for expert, curve in zip(experts, curves[1:], strict=True):
         family.denoiser.load_state_dict(expert.state_dict())
-        assert loss_curve(family, trial.selection, SETTINGS) == curve
+        assert loss_curve(family, split.selection, SETTINGS) == curve
 
 
 def test_relative_losses_count_every_range_the_same(family: StableDiffusion) -> None:
     factors = {(0.0,): 1.0, (0.5,): 3.0}
-    bench = MergeBench(Trial.on_halves(family, random_pictures(4, family), SETTINGS, seed=0), lambda _: None)
+    bench = MergeBench(MergeSplit.on_halves(family, random_pictures(4, family), SETTINGS, seed=0), lambda _: None)
     base = bench.curve((0.0,))
     bench._curves[(0.5,)] = replace(base, loss=(base.loss[0] * factors[(0.5,)], base.loss[1]))
     assert bench.relative((0.0,)) == pytest.approx(1, abs=1e-12)

@@ -17,6 +17,8 @@ from typing import Protocol, overload
 import torch
 from torch import Tensor
 
+from timestep_experts.errors import UserError
+
 NUM_TRAIN_TIMESTEPS = 1000
 
 
@@ -29,7 +31,7 @@ class Interval:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lo) and math.isfinite(self.hi) and 0 <= self.lo < self.hi):
-            raise ValueError(f"an interval needs 0 <= lo < hi, both finite; got lo = {self.lo}, hi = {self.hi}")
+            raise UserError(f"an interval needs 0 <= lo < hi, both finite; got lo = {self.lo}, hi = {self.hi}")
 
     def __contains__(self, t: float) -> bool:
         return self.lo <= t < self.hi
@@ -54,7 +56,7 @@ class Partition:
         boundaries: n + 1 ascending values; the first is 0, the last is T.
 
     Raises:
-        ValueError: fewer than two boundaries, not ascending, or not starting at 0.
+        UserError: fewer than two boundaries, not ascending, or not starting at 0.
     """
 
     boundaries: tuple[float, ...]
@@ -63,7 +65,7 @@ class Partition:
         ascending = all(a < b for a, b in pairwise(self.boundaries))
         finite = all(math.isfinite(b) for b in self.boundaries)
         if len(self.boundaries) < 2 or self.boundaries[0] != 0 or not ascending or not finite:
-            raise ValueError(
+            raise UserError(
                 f"partition boundaries must ascend from 0 to the number of train timesteps; got {self.boundaries}"
             )
 
@@ -72,10 +74,10 @@ class Partition:
         """Cut [0, T) into n equal intervals; interval ``clamp(floor(t * n / T), 0, n - 1)`` owns t (TSM, eq. 4).
 
         Raises:
-            ValueError: ``num_intervals`` below 1.
+            UserError: ``num_intervals`` below 1.
         """
         if num_intervals < 1:
-            raise ValueError(f"a partition needs at least 1 interval; got {num_intervals}")
+            raise UserError(f"a partition needs at least 1 interval; got {num_intervals}")
         return cls(tuple(i * num_train_timesteps / num_intervals for i in range(num_intervals + 1)))
 
     def __len__(self) -> int:
@@ -129,10 +131,10 @@ class Partition:
         """The coarsest partition whose intervals lie each inside one interval of both.
 
         Raises:
-            ValueError: the two do not share T.
+            UserError: the two do not share T.
         """
         if self.num_train_timesteps != other.num_train_timesteps:
-            raise ValueError(
+            raise UserError(
                 "partitions of different ranges cannot be refined together:"
                 f" T = {self.num_train_timesteps:g} and T = {other.num_train_timesteps:g}"
             )
@@ -213,11 +215,11 @@ def draw_timesteps(
         ``(num_samples,)`` on the CPU: int64 if ``integer``, else float32.
 
     Raises:
-        ValueError: ``integer`` is asked of an interval that contains no whole timestep.
+        UserError: ``integer`` is asked of an interval that contains no whole timestep.
     """
     first, stop = math.ceil(interval.lo), math.ceil(interval.hi)
     if integer and first >= stop:
-        raise ValueError(f"the interval {interval} contains no whole timestep to train on")
+        raise UserError(f"the interval {interval} contains no whole timestep to train on")
     lo, hi = (first, stop) if integer else (interval.lo, interval.hi)
     low, high = density.cdf(torch.tensor([lo, hi], dtype=torch.double)).tolist()
     probability = low + (high - low) * torch.rand(num_samples, generator=generator, dtype=torch.double)

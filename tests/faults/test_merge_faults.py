@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conftest import normal
-from timestep_experts.jobs import merge as merge_module
-from timestep_experts.jobs.merge import BASE_KEY, make_settings, merge
+from timestep_experts.weights import merge as merge_module
+from timestep_experts.weights.merge import BASE_KEY, make_settings, merge
 
 
 @dataclass

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from conftest import max_error, normal
 from timestep_experts.merging import (
-    Ledger,
+    History,
     LiveMerge,
     Quadratic,
     QuadraticSettings,
@@ -40,11 +40,11 @@ def bowl(num_weights: int, seed: int, centre: float = 0.4) -> tuple[Quadratic, l
 @given(num_weights=st.integers(1, 5), seed=st.integers(0, 10_000))
 def test_a_quadratic_is_minimised_in_the_fewest_evaluations(num_weights: int, seed: int) -> None:
     objective, least = bowl(num_weights, seed)
-    ledger = Ledger(objective)
-    search_quadratic(ledger, num_weights, QuadraticSettings())
-    assert len(ledger.evaluated) == num_coefficients(num_weights) + 1 == 2 + num_weights * (num_weights + 3) // 2
-    assert max(abs(a - b) for a, b in zip(ledger.best.weights, least, strict=True)) < 1e-6
-    assert ledger.best.why == "minimiser"
+    history = History(objective)
+    search_quadratic(history, num_weights, QuadraticSettings())
+    assert len(history.evaluated) == num_coefficients(num_weights) + 1 == 2 + num_weights * (num_weights + 3) // 2
+    assert max(abs(a - b) for a, b in zip(history.best.weights, least, strict=True)) < 1e-6
+    assert history.best.why == "minimiser"
 
 
 @given(num_weights=st.integers(1, 6), seed=st.integers(0, 10_000))
@@ -84,11 +84,11 @@ def test_what_is_found_is_never_worse_than_anything_evaluated(seed: int, refinem
         distance = math.dist(weights, least)
         return math.nan if distance > 2 else objective(weights) + 0.3 * math.sin(5 * distance) * distance
 
-    ledger = Ledger(bumpy)
-    search_quadratic(ledger, 2, QuadraticSettings(refinements=refinements))
-    assert len(ledger.evaluated) <= num_coefficients(2) + refinements
-    assert ledger.best.loss == min(point.loss for point in ledger.finite)
-    assert all(-1 <= weight <= 2 for point in ledger.evaluated for weight in point.weights)
+    history = History(bumpy)
+    search_quadratic(history, 2, QuadraticSettings(refinements=refinements))
+    assert len(history.evaluated) <= num_coefficients(2) + refinements
+    assert history.best.loss == min(point.loss for point in history.finite)
+    assert all(-1 <= weight <= 2 for point in history.evaluated for weight in point.weights)
 
 
 def test_refinements_go_on_where_the_loss_is_not_quadratic() -> None:
@@ -96,24 +96,24 @@ def test_refinements_go_on_where_the_loss_is_not_quadratic() -> None:
         a, b = weights
         return 1 + (a - 0.8) ** 4 + 0.5 * (b - 0.6 * a) ** 2 + 0.2 * (a - 0.8) ** 2
 
-    ledger = Ledger(valley)
-    search_quadratic(ledger, 2, QuadraticSettings(refinements=12, tolerance=1e-8))
-    assert math.dist(ledger.best.weights, (0.8, 0.48)) < 0.05
-    assert min(p.loss for p in ledger.evaluated[:6]) > ledger.best.loss
+    history = History(valley)
+    search_quadratic(history, 2, QuadraticSettings(refinements=12, tolerance=1e-8))
+    assert math.dist(history.best.weights, (0.8, 0.48)) < 0.05
+    assert min(p.loss for p in history.evaluated[:6]) > history.best.loss
 
 
 def test_the_same_point_is_measured_once() -> None:
     asked = []
-    ledger = Ledger(lambda weights: asked.append(weights) or 1.0)
-    assert [ledger(w, "x") for w in [(0.0, 1.0), (-0.0, 1), (0.5, 1.0)]] == [1.0] * 3
+    history = History(lambda weights: asked.append(weights) or 1.0)
+    assert [history(w, "x") for w in [(0.0, 1.0), (-0.0, 1), (0.5, 1.0)]] == [1.0] * 3
     assert asked == [(0.0, 1.0), (0.5, 1.0)]
 
 
 def test_a_search_without_a_finite_loss_says_so() -> None:
     with pytest.raises(ValueError, match="no evaluated weights have a finite loss"):
-        search_quadratic(Ledger(lambda _: math.nan), 2, QuadraticSettings())
+        search_quadratic(History(lambda _: math.nan), 2, QuadraticSettings())
     with pytest.raises(ValueError, match="none of the 0"):
-        _ = Ledger(lambda _: 0.0).best
+        _ = History(lambda _: 0.0).best
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import torch
 
 from conftest import max_error, randomise, scales
 from timestep_experts.formats import Bundle, save_bundle
-from timestep_experts.jobs.lora import LoraSettings, merge_lora, read_parts
 from timestep_experts.merging import weighted_sum
 from timestep_experts.mixture import Mixture, MixtureSpec
+from timestep_experts.weights.lora import LoraSettings, merge_lora, read_parts
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, while they load
 

@@ -1,7 +1,6 @@
 """From a recipe to objects: the one place where configuration meets the classes."""
 
 from timestep_experts.build.context import (
-    BASE_ASSET,
     RunContext,
     build_base_dtype,
     build_context,
@@ -11,7 +10,6 @@ from timestep_experts.build.context import (
     build_picture_sets,
     build_prompts,
     build_validation,
-    resolve_model,
 )
 from timestep_experts.build.mixture import (
     build_decoupled_partition,
@@ -35,7 +33,6 @@ from timestep_experts.build.settings import (
 )
 
 __all__ = [
-    "BASE_ASSET",
     "RunContext",
     "build_assemble_settings",
     "build_base_dtype",
@@ -61,5 +58,4 @@ __all__ = [
     "build_targets",
     "build_validation",
     "numbers_per_expert",
-    "resolve_model",
 ]

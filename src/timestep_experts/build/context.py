@@ -21,13 +21,11 @@ from timestep_experts.data import (
     split_by_caption,
 )
 from timestep_experts.data.sources import WORLD_PREFIX
+from timestep_experts.errors import UserError
 from timestep_experts.formats.dtypes import DTYPES
 from timestep_experts.inference.sample import choose_scheduler
-from timestep_experts.models import Family, load_family
-from timestep_experts.world.judge import ASSETS
+from timestep_experts.models import Family, load_family, resolve_model
 from timestep_experts.world.scenes import parse_caption
-
-BASE_ASSET = "world/base"
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def build_device(recipe: Recipe) -> torch.device:
     """The device to train and draw on.
 
     Raises:
-        ValueError: torch knows no such device.
+        UserError: torch knows no such device.
     """
     name = recipe.device
     if name == "auto":
@@ -66,12 +64,7 @@ def build_device(recipe: Recipe) -> torch.device:
         torch.empty(0, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"recipe.device: {name!r} cannot be used: {error}") from error
-
-
-def resolve_model(source: str) -> str:
-    """The folder of the shipped base for ``world/base``, anything else as it is."""
-    return str(ASSETS / "base") if source == BASE_ASSET else str(Path(source).expanduser())
+        raise UserError(f"recipe.device: {name!r} cannot be used: {error}") from error
 
 
 def build_base_dtype(recipe: Recipe) -> torch.dtype:
@@ -83,7 +76,7 @@ def build_family(recipe: Recipe) -> Family:
     """Load the base model.
 
     Raises:
-        ValueError: it cannot be loaded, or the recipe asks of it what it does not have.
+        UserError: it cannot be loaded, or the recipe asks of it what it does not have.
     """
     training, source = recipe.training, resolve_model(recipe.pretrained_model_name_or_path)
     family = load_family(source, build_device(recipe), build_base_dtype(recipe), training.base_quantization)
@@ -103,14 +96,14 @@ def build_media_settings(recipe: Recipe, default_num_frames: int | None, *, flip
         flip: keep mirrored copies.
 
     Raises:
-        ValueError: the recipe says how to read clips, but the base draws pictures.
+        UserError: the recipe says how to read clips, but the base draws pictures.
     """
     height, width = recipe.resolution
     if default_num_frames is not None:
         clips = recipe.data.clips or ClipsConfig()
         return ClipSettings(clips.num_frames or default_num_frames, height, width, clips.fps, clips.stride, flip)
     if recipe.data.clips is not None:
-        raise ValueError(f"recipe.data.clips: {recipe.pretrained_model_name_or_path} draws pictures, not clips")
+        raise UserError(f"recipe.data.clips: {recipe.pretrained_model_name_or_path} draws pictures, not clips")
     return PictureSettings(height, width, flip)
 
 
@@ -132,7 +125,7 @@ def build_context(recipe: Recipe) -> RunContext:
     """Load, read and encode what the variants share.
 
     Raises:
-        ValueError: the base, the data or the prompts are not usable.
+        UserError: the base, the data or the prompts are not usable.
     """
     family = build_family(recipe)
     media = build_media_settings(recipe, family.default_num_frames, flip=False)
@@ -167,7 +160,7 @@ def build_validation(recipe: Recipe, family: Family, *, as_tokens: bool = False)
         as_tokens: keep captions as token ids, for text encoders that change.
 
     Raises:
-        ValueError: the data is not usable.
+        UserError: the data is not usable.
     """
     media = build_media_settings(recipe, family.default_num_frames, flip=False)
     _, validation = build_picture_sets(recipe, is_video=family.is_video)
@@ -178,12 +171,12 @@ def build_prompts(recipe: Recipe, validation: PictureSet) -> tuple[str, ...]:
     """What pictures are drawn for: the recipe's prompts, or different captions of the validation set.
 
     Raises:
-        ValueError: a prompt file that is not there.
+        UserError: a prompt file that is not there.
     """
     wanted = recipe.evaluation.prompts
     if isinstance(wanted, Path):
         if not wanted.is_file():
-            raise ValueError(f"recipe.evaluation.prompts: no file {wanted}")
+            raise UserError(f"recipe.evaluation.prompts: no file {wanted}")
         wanted = tuple(line.strip() for line in wanted.read_text(encoding="utf-8").splitlines() if line.strip())
     if wanted is None:
         wanted = tuple(dict.fromkeys(example.caption for example in validation.examples))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from timestep_experts.config import DecoupleConfig, DistillConfig, ExpertsConfig, FosterConfig, Recipe, ScaleConfig
+from timestep_experts.errors import UserError
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale, asymmetric
 from timestep_experts.models import Family
@@ -24,7 +25,7 @@ def _scale(config: ScaleConfig, num_train_timesteps: int) -> Scale:
     if config.boundaries is not None:
         partition = Partition(config.boundaries)
         if partition.num_train_timesteps != num_train_timesteps:
-            raise ValueError(
+            raise UserError(
                 f"recipe.method.experts.scales: the boundaries of {config.label} end at"
                 f" {partition.num_train_timesteps:g}; this base model has {num_train_timesteps} timesteps"
             )
@@ -38,13 +39,13 @@ def build_decoupled_partition(config: DecoupleConfig, num_train_timesteps: int) 
     """The ranges of full copies.
 
     Raises:
-        ValueError: they do not end at the base's T.
+        UserError: they do not end at the base's T.
     """
     if config.boundaries is None:
         return Partition.uniform(config.num_ranges, num_train_timesteps)
     partition = Partition(config.boundaries)
     if partition.num_train_timesteps != num_train_timesteps:
-        raise ValueError(
+        raise UserError(
             f"recipe.method.boundaries end at {partition.num_train_timesteps:g}; this base model has"
             f" {num_train_timesteps} timesteps"
         )
@@ -57,19 +58,19 @@ def build_targets(
     """The networks that carry experts, and which of their modules do.
 
     Raises:
-        ValueError: text encoders are to carry experts where there are none.
+        UserError: text encoders are to carry experts where there are none.
     """
     networks, targets = dict(denoisers), dict.fromkeys(denoisers, experts.target_modules)
     if experts.text_target_modules is None:
         return networks, targets
     if not text_encoders:
-        raise ValueError("recipe.method.experts.text_target_modules: this base model has no text encoder")
+        raise UserError("recipe.method.experts.text_target_modules: this base model has no text encoder")
     wanted = experts.text_target_modules
     chosen = wanted if isinstance(wanted, Mapping) else dict.fromkeys(text_encoders, wanted)
     for name in chosen:
         if name not in text_encoders:
             known = ", ".join(text_encoders)
-            raise ValueError(
+            raise UserError(
                 f"recipe.method.experts.text_target_modules: no text encoder {name!r}; this base has {known}"
             )
         networks[name] = text_encoders[name]

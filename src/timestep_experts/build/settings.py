@@ -17,6 +17,7 @@ from timestep_experts.config import (
     ScaleConfig,
 )
 from timestep_experts.data import ClipSettings, MediaSettings
+from timestep_experts.errors import UserError
 from timestep_experts.evaluation import LossSettings
 from timestep_experts.formats import SamplingDefaults
 from timestep_experts.inference import SampleSettings
@@ -60,13 +61,13 @@ def numbers_per_expert(
     """A scale's own value or the default, spelled out for each of its experts.
 
     Raises:
-        ValueError: there are not as many values as experts.
+        UserError: there are not as many values as experts.
     """
     value = default if own is None else own
     if not isinstance(value, tuple):
         return (value,) * scale.num_experts
     if len(value) != scale.num_experts:
-        raise ValueError(
+        raise UserError(
             f"recipe.method.experts.scales: {scale.label} has {scale.num_experts} experts; got {len(value)} values"
             f" {value}"
         )
@@ -128,10 +129,10 @@ def build_decouple_settings(recipe: Recipe, method: DecoupleConfig, num_train_ti
     """Full copies, one per range; numbers per range are spelled out.
 
     Raises:
-        ValueError: the base has lost precision, or the ranges do not fit it.
+        UserError: the base has lost precision, or the ranges do not fit it.
     """
     if recipe.training.base_quantization is not None:
-        raise ValueError("recipe.training.base_quantization: a quantised base cannot be copied and trained; use null")
+        raise UserError("recipe.training.base_quantization: a quantised base cannot be copied and trained; use null")
     options = method.model_dump(exclude={"kind", "intervals", "boundaries", "optimizer", "max_train_steps"})
     steps = method.max_train_steps
     return DecoupleSettings(

@@ -24,6 +24,7 @@ from timestep_experts.cli.parsing import (
     quiet_libraries,
 )
 from timestep_experts.cli.parsing import load_recipe as _load
+from timestep_experts.errors import UserError
 from timestep_experts.intervals import Interval, Partition
 
 if TYPE_CHECKING:
@@ -61,19 +62,9 @@ def main() -> None:
 def _user_errors() -> Iterator[None]:
     try:
         yield
-    except ValueError as error:
-        if not _is_raised_by_us(error):
-            raise
+    except UserError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escaped(error)}", highlight=False, soft_wrap=True)
         sys.exit(USER_ERROR)
-
-
-def _is_raised_by_us(error: BaseException) -> bool:
-    """Whether this package raised it, and so explains it; what a library raises is a fault of ours."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals["__name__"].startswith("timestep_experts")
 
 
 @app.command()
@@ -217,9 +208,9 @@ def sample(
 
     options = SampleOptions(model, mode, scheduler, steps, guidance, seed, height, width, num_frames, fps, fused)
     if (bundle is None) == (ensemble is None):
-        raise ValueError("give either a bundle's folder or --ensemble")
+        raise UserError("give either a bundle's folder or --ensemble")
     if resident is not None and ensemble is None:
-        raise ValueError("--resident has no meaning without --ensemble: a bundle's experts are always there")
+        raise UserError("--resident has no meaning without --ensemble: a bundle's experts are always there")
     if ensemble is not None:
         paths, cost, num_swaps = sample_ensemble(ensemble, prompt, output, options, resident or "one")
         console.print(f"experts were put into the denoiser {num_swaps:,} times")
@@ -239,7 +230,7 @@ def convert(
 ) -> None:
     """Turn VideoCrafter2's public checkpoint into a diffusers folder, as recipes/papers/videocrafter2.yaml wants it."""
     quiet_libraries()
-    from timestep_experts.jobs.convert import convert as convert_job
+    from timestep_experts.weights.convert import convert as convert_job
 
     convert_job(checkpoint, output, tokenizer, fps)
     console.print(f"made {escaped(output)}", soft_wrap=True)
@@ -286,7 +277,7 @@ def explain(
 
     given = [value is not None for value in (intervals, boundaries, interval)]
     if sum(given) != 1:
-        raise ValueError("give exactly one of --intervals, --boundaries and --interval")
+        raise UserError("give exactly one of --intervals, --boundaries and --interval")
     if interval is not None:
         lo, hi = numbers(interval, "--interval", 2)
         console.print(explain_interval(Interval(lo, hi), scheduler, steps, shift))
@@ -316,7 +307,7 @@ def _methods_of_kind(
     """The methods of these kinds, of one variant or of all.
 
     Raises:
-        ValueError: the variant is of another kind, or none is of these.
+        UserError: the variant is of another kind, or none is of these.
     """
     from timestep_experts.jobs.methods import method_of, methods_of
 
@@ -325,7 +316,7 @@ def _methods_of_kind(
     if not found:
         own = ", ".join(f"{method.variant.name} ({method.kind})" for method in methods)
         wanted = " or ".join(kind.kind for kind in kinds)
-        raise ValueError(
+        raise UserError(
             f"recipe.method.kind: this command trains variants of kind {wanted}; of this recipe it would take {own}"
         )
     return found

@@ -18,6 +18,7 @@ from timestep_experts.cli.parsing import (
     numbers,
     quiet_libraries,
 )
+from timestep_experts.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -58,15 +59,15 @@ def merge(
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; default: the base's.")] = None,
 ) -> None:
     """Merge fine-tuned copies of a base model into one ordinary model."""
-    from timestep_experts.jobs.merge import make_settings, read_search
-    from timestep_experts.jobs.merge import merge as merge_job
+    from timestep_experts.weights.merge import make_settings, read_search
+    from timestep_experts.weights.merge import merge as merge_job
 
     if (weights is None) == (weights_from is None):
-        raise ValueError("give either --weights or --weights-from")
+        raise UserError("give either --weights or --weights-from")
     hashes = None
     if weights_from is not None:
         if (method, density, block_weights, seed) != ("linear", 1.0, None, 0):
-            raise ValueError(
+            raise UserError(
                 "--weights-from is a linear merge: no --method, --density, --block-weights or --seed with it"
             )
         settings, hashes = read_search(weights_from)
@@ -124,7 +125,8 @@ def search(
 ) -> None:
     """Find the weights of a linear merge by the loss on held-out pictures; writes no model."""
     quiet_libraries()
-    from timestep_experts.jobs.search import SearchInputs, figure_paths, read_groups, search_experts
+    from timestep_experts.jobs.measuring import measured_base
+    from timestep_experts.weights.search import SearchInputs, figure_paths, read_groups, search_experts
 
     settings = _search_settings(
         method,
@@ -139,7 +141,7 @@ def search(
     named = {} if groups is None else read_groups(groups)
     cut = None if boundaries is None else numbers(boundaries, "--boundaries")
     inputs = SearchInputs(tuple(expert or ()), named, cut)
-    found = search_experts(load_recipe(recipe, overrides), inputs, output, settings)
+    found = search_experts(measured_base(load_recipe(recipe, overrides)), inputs, output, settings)
     console = make_console()
     console.print(losses_table(found.rows, found.ranges))
     console.print(f"{found.num_evaluations} evaluations to search, {len(found.rows)} to confirm")
@@ -171,11 +173,12 @@ def merge_lora(
 ) -> None:
     """Merge a bundle's experts into one ordinary LoRA, for any tool."""
     quiet_libraries()
-    from timestep_experts.jobs.lora import LoraSettings
-    from timestep_experts.jobs.lora import merge_lora as merge_lora_job
+    from timestep_experts.jobs.measuring import measured_base
+    from timestep_experts.weights.lora import LoraSettings
+    from timestep_experts.weights.lora import merge_lora as merge_lora_job
 
     if model is not None and recipe is not None:
-        raise ValueError("give either --model or --recipe, which names the base")
+        raise UserError("give either --model or --recipe, which names the base")
     given = None if weights is None else numbers(weights, "--weights")
     how = _search_settings(
         find,
@@ -187,7 +190,7 @@ def merge_lora(
         grid=grid,
         budget=budget,
     )
-    loaded = None if recipe is None else load_recipe(recipe, None)
+    loaded = None if recipe is None else measured_base(load_recipe(recipe, None))
     merged = merge_lora_job(bundle, output, LoraSettings(rank, given, model, dtype, as_bundle), loaded, how)
     console = make_console()
     if merged.search is not None:
@@ -211,8 +214,8 @@ def extract_lora(
 ) -> None:
     """Write what a fine-tuned copy of a base learnt as a LoRA."""
     quiet_libraries()
-    from timestep_experts.jobs.extract import extract_lora as extract_lora_job
-    from timestep_experts.jobs.lora import LoraSettings
+    from timestep_experts.weights.extract import extract_lora as extract_lora_job
+    from timestep_experts.weights.lora import LoraSettings
 
     settings = LoraSettings(rank, dtype=dtype, with_bundle=as_bundle)
     extracted = extract_lora_job(base, expert, output, settings, component)
@@ -246,13 +249,14 @@ def analyse(
     """Say where gradients of timesteps agree, propose boundaries, and compare experts' task vectors."""
     quiet_libraries()
     from timestep_experts.evaluation.gradients import GradientSettings
-    from timestep_experts.jobs.analyse import analyse as analyse_job
-    from timestep_experts.jobs.analyse import as_yaml
+    from timestep_experts.jobs.measuring import measured_base
+    from timestep_experts.weights.analyse import analyse as analyse_job
+    from timestep_experts.weights.analyse import as_yaml
 
     loaded = load_recipe(recipe, overrides)
     batch_size = loaded.evaluation.batch_size
     settings = GradientSettings(timesteps, pictures, batch_size, sketch or None, parameters, seed)
-    found = analyse_job(loaded, expert or [], output, settings, intervals)
+    found = analyse_job(measured_base(loaded), expert or [], output, settings, intervals)
     console = make_console()
     table = Table(
         "intervals", "dissimilarity inside", "of equal ones", "for method.experts.scales", title="proposed boundaries"
@@ -289,12 +293,12 @@ _MEANT_FOR: dict[str | None, tuple[str, ...]] = {
 
 def _search_settings(method: str | None, **given: float | str | None) -> Any:
     """Settings of a search; ``None`` without a method. An option that has no meaning for the method is an error."""
-    from timestep_experts.jobs.search_methods import SearchSettings, make_search_settings
     from timestep_experts.merging import QuadraticSettings
+    from timestep_experts.weights.search_methods import SearchSettings, make_search_settings
 
     said = {name: value for name, value in given.items() if value is not None}
     if idle := [name for name in said if name not in _MEANT_FOR.get(method, said)]:
-        raise ValueError(f"--{idle[0]} has no meaning " + (f"for method {method}" if method else "without --search"))
+        raise UserError(f"--{idle[0]} has no meaning " + (f"for method {method}" if method else "without --search"))
     if method is None:
         return None
     default, quadratic = SearchSettings(), QuadraticSettings()

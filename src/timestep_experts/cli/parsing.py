@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from timestep_experts.errors import UserError
+
 RecipePath = Annotated[Path, typer.Argument(help="A recipe YAML; see the folder recipes/.", metavar="RECIPE")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides, e.g. method.max_train_steps=100", metavar="[KEY=VALUE]...")
@@ -36,14 +38,14 @@ def numbers(text: str, option: str, count: int | None = None) -> tuple[float, ..
         count: how many there must be; ``None``: any.
 
     Raises:
-        ValueError: the text is something else.
+        UserError: the text is something else.
     """
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise ValueError(f"{option} takes numbers separated by commas; got {text!r}") from error
+        raise UserError(f"{option} takes numbers separated by commas; got {text!r}") from error
     if count is not None and len(found) != count:
-        raise ValueError(f"{option} takes {count} numbers; got {text!r}")
+        raise UserError(f"{option} takes {count} numbers; got {text!r}")
     return found
 
 
@@ -51,7 +53,7 @@ def load_recipe(path: Path, overrides: list[str] | None) -> Any:
     """The recipe with its overrides.
 
     Raises:
-        ValueError: it does not fit the schema.
+        UserError: it does not fit the schema.
     """
     from timestep_experts.config import load_recipe as load
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from timestep_experts.config.sections import OptimizerConfig, Share, Strict
+from timestep_experts.errors import UserError
 
 Modes: TypeAlias = Annotated[
     tuple[Literal["switch", "route"], ...], Field(description="the modes in which the experts are evaluated")
@@ -30,11 +31,11 @@ class ScaleConfig(Strict):
     @model_validator(mode="after")
     def _one_partition(self) -> ScaleConfig:
         if (self.intervals is None) == (self.boundaries is None):
-            raise ValueError("give either intervals or boundaries")
+            raise UserError("give either intervals or boundaries")
         for key in ("learning_rate", "max_train_steps", "gan_train_steps"):
             value = getattr(self, key)
             if isinstance(value, tuple) and len(value) != self.num_experts:
-                raise ValueError(f"{self.num_experts} experts need as many values of {key}; got {len(value)} values")
+                raise UserError(f"{self.num_experts} experts need as many values of {key}; got {len(value)} values")
         return self
 
     @property
@@ -91,7 +92,7 @@ class FosterConfig(Strict):
     @model_validator(mode="after")
     def _has_no_second_phase(self) -> FosterConfig:
         if any(scale.gan_train_steps is not None for scale in self.experts.scales):
-            raise ValueError("experts.scales: gan_train_steps belongs to the gan of a distillation")
+            raise UserError("experts.scales: gan_train_steps belongs to the gan of a distillation")
         return self
 
 
@@ -131,7 +132,7 @@ class DistillConfig(Strict):
     @model_validator(mode="after")
     def _second_phase_has_a_gan(self) -> DistillConfig:
         if self.gan is None and any(scale.gan_train_steps is not None for scale in self.experts.scales):
-            raise ValueError("experts.scales: gan_train_steps belongs to gan, which is null here")
+            raise UserError("experts.scales: gan_train_steps belongs to gan, which is null here")
         return self
 
 
@@ -166,10 +167,10 @@ class DecoupleConfig(Strict):
     @model_validator(mode="after")
     def _one_partition(self) -> DecoupleConfig:
         if (self.intervals is None) == (self.boundaries is None):
-            raise ValueError("give either intervals or boundaries")
+            raise UserError("give either intervals or boundaries")
         steps = self.max_train_steps
         if isinstance(steps, tuple) and len(steps) != self.num_ranges:
-            raise ValueError(f"{self.num_ranges} ranges need as many values of max_train_steps; got {len(steps)}")
+            raise UserError(f"{self.num_ranges} ranges need as many values of max_train_steps; got {len(steps)}")
         return self
 
     @property

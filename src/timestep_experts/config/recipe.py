@@ -21,6 +21,7 @@ from timestep_experts.config.sections import (
     Strict,
     TrainingConfig,
 )
+from timestep_experts.errors import UserError
 
 MAIN = "main"
 """The name of the variant that the recipe itself describes."""
@@ -104,17 +105,17 @@ class Recipe(Strict):
         """Find a variant by its name.
 
         Raises:
-            ValueError: there is none of that name.
+            UserError: there is none of that name.
         """
         if name not in self._resolved:
-            raise ValueError(f"no variant {name!r} in this recipe: it has {', '.join(self._resolved)}")
+            raise UserError(f"no variant {name!r} in this recipe: it has {', '.join(self._resolved)}")
         return self._resolved[name]
 
 
 def _check_variant_name(name: str, changes: Mapping[str, Any]) -> None:
     foreign = sorted(set(changes) - set(_Trained.model_fields))
     if foreign or name == MAIN or not name.replace("-", "").replace("_", "").isalnum():
-        raise ValueError(
+        raise UserError(
             f"variants.{name}: a variant may change method and merge; its name is made of letters, digits, - and _, and"
             f" is not {MAIN!r}; got {', '.join(foreign) or 'a bad name'}"
         )
@@ -123,22 +124,22 @@ def _check_variant_name(name: str, changes: Mapping[str, Any]) -> None:
 def _check(method: MethodConfig, merge: MergeConfig | None, training: TrainingConfig) -> None:
     """Refuse what does not fit together."""
     if isinstance(method, DistillConfig) and training.base_quantization is not None:
-        raise ValueError("distill trains a copy of the base, so training.base_quantization must be null")
+        raise UserError("distill trains a copy of the base, so training.base_quantization must be null")
     if merge is None:
         return
     if isinstance(method, DistillConfig):
-        raise ValueError("merge: weights are chosen by the denoising loss, which a distilled generator has none of")
+        raise UserError("merge: weights are chosen by the denoising loss, which a distilled generator has none of")
     if isinstance(method, DecoupleConfig):
         if merge.rank is not None:
-            raise ValueError("merge.rank: copies are merged into a copy, which has no rank")
+            raise UserError("merge.rank: copies are merged into a copy, which has no rank")
         if method.projection == "paper":
-            raise ValueError("merge: not all projections of kind paper fold; use method.projection: foldable")
+            raise UserError("merge: not all projections of kind paper fold; use method.projection: foldable")
         return
     if merge.rank is None:
-        raise ValueError("merge.rank: a LoRA needs a rank")
+        raise UserError("merge.rank: a LoRA needs a rank")
     most = sum(scale.rank * scale.num_experts for scale in method.experts.scales)
     if merge.rank > most:
-        raise ValueError(f"merge.rank: the experts have {most} together, so a LoRA of {merge.rank} is too wide")
+        raise UserError(f"merge.rank: the experts have {most} together, so a LoRA of {merge.rank} is too wide")
 
 
 def _merged(document: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,13 +16,15 @@ from pydantic import (
     PositiveInt,
 )
 
+from timestep_experts.errors import UserError
+
 Share: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _height_and_width(value: Any) -> tuple[int, int]:
     sides = (value, value) if isinstance(value, int) else value
     if not isinstance(sides, list | tuple) or len(sides) != 2 or not all(type(s) is int and s > 0 for s in sides):
-        raise ValueError("a side in pixels or [height, width] is needed")
+        raise UserError("a side in pixels or [height, width] is needed")
     return sides[0], sides[1]
 
 

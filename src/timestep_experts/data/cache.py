@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from timestep_experts.data.sources import Example, PictureSet, Skipped, list_skipped
+from timestep_experts.errors import UserError
 from timestep_experts.formats.atomic import write_json, write_tensors
 from timestep_experts.models import Family
 
@@ -119,7 +120,7 @@ def encode_dataset(
         as_tokens: keep captions as token ids, for text encoders that are to change.
 
     Raises:
-        ValueError: none can be decoded.
+        UserError: none can be decoded.
     """
     contents = list(_read_all(pictures.examples))
     key = _key(pictures.examples, contents, settings, f"{family.encoder_fingerprint()}{as_tokens}")
@@ -148,7 +149,7 @@ def halves_by_caption(pictures: EncodedPictures, seed: int) -> tuple[EncodedPict
         seed: of who goes where. Where all pictures have one caption, it is they that are shared out.
 
     Raises:
-        ValueError: there is only one picture.
+        UserError: there is only one picture.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = pictures.caption_rows
@@ -157,7 +158,7 @@ def halves_by_caption(pictures: EncodedPictures, seed: int) -> tuple[EncodedPict
     chosen = kinds[torch.randperm(len(kinds), generator=generator)][: len(kinds) // 2]
     is_first = torch.isin(labels, chosen)
     if not is_first.any():
-        raise ValueError(f"{len(pictures)} validation pictures cannot be halved: at least two are needed")
+        raise UserError(f"{len(pictures)} validation pictures cannot be halved: at least two are needed")
     return _rows(pictures, is_first), _rows(pictures, ~is_first)
 
 
@@ -219,7 +220,7 @@ def _build(
             mirrored.append(family.encode_media(pixels.flip(-1)).cpu())
     if not kept:
         listed = [Skipped(examples[row].place, why) for row, why in skipped]
-        raise ValueError(f"none of {len(examples)} {settings.kind}s can be decoded{list_skipped(listed)}")
+        raise UserError(f"none of {len(examples)} {settings.kind}s can be decoded{list_skipped(listed)}")
     captions = sorted({example.caption for example in kept})
     row_of = {caption: row for row, caption in enumerate(captions)}
     caption_rows = torch.tensor([row_of[example.caption] for example in kept])
@@ -240,7 +241,7 @@ def _build(
 def _require_finite(values: Tensor, places: Sequence[str], what: str, family: Family) -> None:
     wrong = [place for place, value in zip(places, values, strict=True) if not value.isfinite().all()]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{wrong[0]}: its {what} are not finite"
             + f", and {len(wrong) - 1} more" * (len(wrong) > 1)
             + f" ({family.source})."

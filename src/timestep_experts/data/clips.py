@@ -23,6 +23,7 @@ from timestep_experts.data.sources import (
     pair_with_text,
     read_table,
 )
+from timestep_experts.errors import UserError
 from timestep_experts.formats.video import require_av
 
 CLIP_SUFFIXES = frozenset({".mp4", ".webm", ".gif", ".mov", ".mkv"})
@@ -44,7 +45,7 @@ class ClipSettings:
         flip: keep a mirrored copy of every clip as a further training row.
 
     Raises:
-        ValueError: one of them is not positive.
+        UserError: one of them is not positive.
     """
 
     kind: ClassVar[str] = "clip"
@@ -60,14 +61,14 @@ class ClipSettings:
         for name in ("num_frames", "height", "width", "fps", "stride"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"clips need a positive {name}; got {value}")
+                raise UserError(f"clips need a positive {name}; got {value}")
 
     def decode(self, example: Example) -> Tensor:
         """``(3, F, H, W)`` fp32 in [-1, 1].
 
         Raises:
             OSError: missing, damaged, too short, slower than it is to be read, or no clip at all.
-            ValueError: PyAV is not installed.
+            UserError: PyAV is not installed.
         """
         frames = read_frames(example.read(), self)
         return torch.stack([to_pixels(frame, self.height, self.width) for frame in frames], 1)
@@ -83,22 +84,22 @@ def open_clips(path: str, *, max_samples: int | None = None) -> PictureSet:
         max_samples: use the first so many; ``None`` means all.
 
     Raises:
-        ValueError: no folder or table, several tables, or nothing usable; names what was skipped.
+        UserError: no folder or table, several tables, or nothing usable; names what was skipped.
     """
     place = Path(path).expanduser()
     tables = [place] if place.is_file() else sorted({*place.glob("*.csv"), *place.glob("metadata.jsonl")})
     folder = place.parent if place.is_file() else place
     if not folder.is_dir() or any(table.suffix not in (".csv", ".jsonl") for table in tables):
-        raise ValueError(f"{path!r} is neither a folder of clips nor a .csv or .jsonl table of them")
+        raise UserError(f"{path!r} is neither a folder of clips nor a .csv or .jsonl table of them")
     if len(tables) > 1:
         names = ", ".join(table.name for table in tables)
-        raise ValueError(f"{path!r} holds {len(tables)} tables: {names}; name the one to use")
+        raise UserError(f"{path!r} holds {len(tables)} tables: {names}; name the one to use")
     clips = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in CLIP_SUFFIXES]
     found = list(_listed(folder, tables[0], clips) if tables else map(pair_with_text, clips))
     examples = tuple(item for item in found if isinstance(item, Example))[:max_samples]
     skipped = tuple(item for item in found if isinstance(item, Skipped))
     if not examples:
-        raise ValueError(f"no usable captioned clip in {path!r}{list_skipped(skipped)}")
+        raise UserError(f"no usable captioned clip in {path!r}{list_skipped(skipped)}")
     return PictureSet(examples, skipped)
 
 
@@ -107,7 +108,7 @@ def read_frames(content: bytes, settings: ClipSettings) -> list[Image.Image]:
 
     Raises:
         OSError: see `ClipSettings.decode`.
-        ValueError: PyAV is not installed.
+        UserError: PyAV is not installed.
     """
     av = require_av()
     try:

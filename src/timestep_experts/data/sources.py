@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from timestep_experts.errors import UserError
 from timestep_experts.world.render import DOMAINS, render
 from timestep_experts.world.scenes import draw_scenes
 
@@ -87,7 +88,7 @@ def open_dataset(path: str, *, max_samples: int | None, seed: int, held_out: boo
         held_out: draw the embedded world's held-out captions; other sources have no such set.
 
     Raises:
-        ValueError: nothing usable is there; names what was skipped.
+        UserError: nothing usable is there; names what was skipped.
     """
     if path.startswith(WORLD_PREFIX):
         return _world(path.removeprefix(WORLD_PREFIX), max_samples or 2048, seed, held_out)
@@ -97,7 +98,7 @@ def open_dataset(path: str, *, max_samples: int | None, seed: int, held_out: boo
     examples = tuple(item for item in found if isinstance(item, Example))[:max_samples]
     skipped = tuple(item for item in found if isinstance(item, Skipped))
     if not examples:
-        raise ValueError(f"no usable captioned picture in {path!r}{list_skipped(skipped)}")
+        raise UserError(f"no usable captioned picture in {path!r}{list_skipped(skipped)}")
     return PictureSet(examples, skipped)
 
 
@@ -107,14 +108,14 @@ def split_by_caption(pictures: PictureSet, held_out_share: float, seed: int) -> 
     A caption's side depends on its text and the seed alone, so adding pictures moves none.
 
     Raises:
-        ValueError: one of the sides would be empty.
+        UserError: one of the sides would be empty.
     """
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example in pictures.examples:
         digest = hashlib.sha256(f"{seed}:{example.caption}".encode()).digest()
         sides[int.from_bytes(digest[:4], "big") < held_out_share * 2**32].append(example)
     if not all(sides):
-        raise ValueError(
+        raise UserError(
             f"setting aside {held_out_share:.0%} of the captions of {len(pictures.examples)} pictures leaves no"
             f" {'training' if not sides[0] else 'validation'} picture; name a validation set of its own"
         )
@@ -223,11 +224,11 @@ def _hugging_face(path: str) -> Iterator[Example | Skipped]:
         else:
             table = datasets.load_dataset(path, split="train")
     except Exception as error:  # the library raises many kinds; all mean "not there"
-        raise ValueError(f"{path!r} is no folder, and cannot be loaded as a dataset: {error}") from error
+        raise UserError(f"{path!r} is no folder, and cannot be loaded as a dataset: {error}") from error
     picture = next((name for name, kind in table.features.items() if isinstance(kind, datasets.Image)), None)
     column = next((name for name in CAPTION_COLUMNS if name in table.features), None)
     if picture is None or column is None:
-        raise ValueError(
+        raise UserError(
             f"dataset {path!r} needs an image column and one of {', '.join(CAPTION_COLUMNS)};"
             f" it has {', '.join(table.features)}"
         )
@@ -255,7 +256,7 @@ def _row_reader(table: Any, row: int, column: str) -> Callable[[], bytes]:
 
 def _world(domain: str, num_samples: int, seed: int, held_out: bool) -> PictureSet:
     if domain not in DOMAINS:
-        raise ValueError(f"the embedded world has no domain {domain!r}: allowed are {', '.join(DOMAINS)}")
+        raise UserError(f"the embedded world has no domain {domain!r}: allowed are {', '.join(DOMAINS)}")
     scenes = draw_scenes(num_samples, seed=seed, held_out=held_out)
     pictures = render(scenes, domain, seed=seed)
 

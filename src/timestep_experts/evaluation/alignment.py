@@ -21,7 +21,7 @@ def judge_pictures(pictures: NDArray[np.uint8], captions: Sequence[str]) -> Verd
         captions: N captions of the embedded world.
 
     Raises:
-        ValueError: a caption is not of the embedded world.
+        UserError: a caption is not of the embedded world.
     """
     scenes = [parse_caption(caption) for caption in captions]
     verdicts = [score(r, s) for r, s in zip(load_judge().read(to_judge_input(pictures)), scenes, strict=True)]

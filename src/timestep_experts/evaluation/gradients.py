@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from timestep_experts.data import EncodedPictures
+from timestep_experts.errors import UserError
 from timestep_experts.intervals import Interval, Partition
 from timestep_experts.models import Family
 from timestep_experts.objectives import squared_error
@@ -33,7 +34,7 @@ class GradientSettings:
         seed: of pictures, noise and projection.
 
     Raises:
-        ValueError: a value is not allowed.
+        UserError: a value is not allowed.
     """
 
     num_timesteps: int = 20
@@ -48,11 +49,11 @@ class GradientSettings:
         sizes["sketch size"] = 1 if self.sketch_size is None else self.sketch_size
         for name, value in sizes.items():
             if value < 1:
-                raise ValueError(f"the {name} must be at least 1; got {value}")
+                raise UserError(f"the {name} must be at least 1; got {value}")
         try:
             re.compile(self.parameters)
         except re.error as error:
-            raise ValueError(f"parameters: {self.parameters!r} is no regular expression: {error}") from error
+            raise UserError(f"parameters: {self.parameters!r} is no regular expression: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,12 @@ class Gradients:
         """Cosines ``(K, K)`` fp64; the diagonal is 1.
 
         Raises:
-            ValueError: a gradient is zero or not finite.
+            UserError: a gradient is zero or not finite.
         """
         lengths = self.sketches.double().norm(dim=1, keepdim=True)
         if not bool((lengths.isfinite() & (lengths > 0)).all()):
             wrong = next(t for t, norm in zip(self.t, lengths, strict=True) if not (norm.isfinite() and norm > 0))
-            raise ValueError(f"the gradient at t = {wrong:g} is zero or not finite, so it has no direction")
+            raise UserError(f"the gradient at t = {wrong:g} is zero or not finite, so it has no direction")
         unit = self.sketches.double() / lengths
         cosines: Tensor = (unit @ unit.T).fill_diagonal_(1.0).clamp(-1, 1)
         return cosines
@@ -98,7 +99,7 @@ def measure_gradients(family: Family, pictures: EncodedPictures, settings: Gradi
     the default. Random numbers depend on the seed and the parameter's name alone, so all timesteps share them.
 
     Raises:
-        ValueError: no parameter matches.
+        UserError: no parameter matches.
     """
     bins = Partition.uniform(settings.num_timesteps, family.noise.num_train_timesteps).intervals
     times = [_middle(interval, family.noise.has_integer_timesteps) for interval in bins]
@@ -162,7 +163,7 @@ def _trainable(network: nn.Module, pattern: str) -> Iterator[dict[str, nn.Parame
     named = dict(network.named_parameters())
     chosen = {name: p for name, p in named.items() if re.fullmatch(pattern, name) and p.dtype.is_floating_point}
     if not chosen:
-        raise ValueError(
+        raise UserError(
             f"parameters: {pattern!r} matches none; it must match a whole name, such as {next(iter(named))}"
         )
     before = {name: parameter.requires_grad for name, parameter in chosen.items()}

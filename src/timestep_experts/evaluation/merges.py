@@ -33,7 +33,7 @@ class MergeLosses:
 
 
 @dataclass(frozen=True)
-class Trial:
+class MergeSplit:
     """What merges are tried on.
 
     Args:
@@ -49,7 +49,7 @@ class Trial:
     settings: LossSettings
 
     @classmethod
-    def on_halves(cls, family: Family, pictures: EncodedPictures, settings: LossSettings, seed: int) -> Trial:
+    def on_halves(cls, family: Family, pictures: EncodedPictures, settings: LossSettings, seed: int) -> MergeSplit:
         """One half of the validation pictures, by caption, is for choosing, the other for confirming.
 
         Args:
@@ -59,7 +59,7 @@ class Trial:
             seed: of the halves.
 
         Raises:
-            ValueError: there are too few pictures.
+            UserError: there are too few pictures.
         """
         return cls(family, *halves_by_caption(pictures, seed), settings)
 
@@ -68,19 +68,19 @@ class MergeBench:
     """Measures a family's networks as a merge rewrites them.
 
     Args:
-        trial: what it is tried on.
+        split: what it is tried on.
         apply: rewrites the networks for a vector of weights.
     """
 
-    def __init__(self, trial: Trial, apply: Callable[[tuple[float, ...]], None]) -> None:
-        self.trial = trial
+    def __init__(self, split: MergeSplit, apply: Callable[[tuple[float, ...]], None]) -> None:
+        self.split = split
         self._apply = apply
         self._curves: dict[tuple[float, ...], LossCurve] = {}
 
     @property
     def ranges(self) -> tuple[Interval, ...]:
         """The reported ranges of t."""
-        return self.trial.settings.partition.intervals
+        return self.split.settings.partition.intervals
 
     def curve(self, weights: tuple[float, ...]) -> LossCurve:
         """The loss on the selection pictures; measured once per vector."""
@@ -117,10 +117,10 @@ class MergeBench:
             here: the loss on the selection pictures, where it is known.
         """
         here = here or self._curve_of_selection()
-        trial = self.trial
-        there = loss_curve(trial.family, trial.confirmation, replace(trial.settings, seed=trial.settings.seed + 1))
+        split = self.split
+        there = loss_curve(split.family, split.confirmation, replace(split.settings, seed=split.settings.seed + 1))
         by_range = [tuple(curve.within(interval) for interval in self.ranges) for curve in (here, there)]
         return MergeLosses(name, weights, by_range[0], by_range[1], here.mean, there.mean)
 
     def _curve_of_selection(self) -> LossCurve:
-        return loss_curve(self.trial.family, self.trial.selection, self.trial.settings)
+        return loss_curve(self.split.family, self.split.selection, self.split.settings)

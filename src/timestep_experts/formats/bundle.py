@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from timestep_experts.errors import UserError
 from timestep_experts.formats.atomic import atomic_path, write_json, write_tensors
 from timestep_experts.formats.sampling import SamplingDefaults
 from timestep_experts.mixture import MixtureSpec, Mode
@@ -90,14 +91,14 @@ def load_bundle(folder: Path | str) -> Bundle:
     """Read a bundle.
 
     Raises:
-        ValueError: there is none, it is damaged, or it was written by a newer version.
+        UserError: there is none, it is damaged, or it was written by a newer version.
     """
     folder = Path(folder)
     document = _read_document(folder / "mixture.json")
     try:
         tensors = load_file(folder / "mixture.safetensors")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"the bundle {folder} is damaged: mixture.safetensors: {error}") from error
+        raise UserError(f"the bundle {folder} is damaged: mixture.safetensors: {error}") from error
     return Bundle(
         spec=document.mixture,
         target_modules=document.target_modules,
@@ -112,20 +113,20 @@ def load_bundle(folder: Path | str) -> Bundle:
 
 def _read_document(path: Path) -> BundleDocument:
     if not path.is_file():
-        raise ValueError(f"no bundle at {path.parent}: it has no {path.name}")
+        raise UserError(f"no bundle at {path.parent}: it has no {path.name}")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"the bundle {path.parent} is damaged: {path.name} is not JSON ({error})") from error
+        raise UserError(f"the bundle {path.parent} is damaged: {path.name} is not JSON ({error})") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ValueError(f"{path} does not describe a bundle: its 'format' should be {FORMAT!r}")
+        raise UserError(f"{path} does not describe a bundle: its 'format' should be {FORMAT!r}")
     version = document.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version}; this release reads up to {FORMAT_VERSION}")
+        raise UserError(f"{path} has format version {version}; this release reads up to {FORMAT_VERSION}")
     try:
         return BundleDocument.model_validate(_from_version_1(document) if version == 1 else document)
     except (ValidationError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the bundle {path.parent} is damaged: {path.name}: {error}") from error
+        raise UserError(f"the bundle {path.parent} is damaged: {path.name}: {error}") from error
 
 
 def _from_version_1(document: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from timestep_experts.errors import UserError
+
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -69,7 +71,7 @@ class Checkpoint:
         metadata_by_file: of each.
 
     Raises:
-        ValueError: there are no weights or several to choose from, a shard is missing, a file is truncated or
+        UserError: there are no weights or several to choose from, a shard is missing, a file is truncated or
             unreadable, or the index and the files disagree.
     """
 
@@ -87,21 +89,21 @@ class Checkpoint:
         for file in self.files:
             metadata, tensors, starts = _read_header(file)
             if twice := sorted(tensors.keys() & self.tensors.keys()):
-                raise ValueError(f"{file}: {twice[0]} is in {self.tensors[twice[0]].file.name} too")
+                raise UserError(f"{file}: {twice[0]} is in {self.tensors[twice[0]].file.name} too")
             self.metadata_by_file[file] = metadata
             self.tensors |= tensors
             self._starts |= starts
         if weight_map is not None:
             self._check_index(weight_map)
         if not self.tensors:
-            raise ValueError(f"{path} holds no tensors")
+            raise UserError(f"{path} holds no tensors")
         self.metadata = {k: v for file in reversed(self.files) for k, v in self.metadata_by_file[file].items()}
 
     def get(self, name: str) -> Tensor:
         """Load one tensor.
 
         Raises:
-            ValueError: its file can no longer be read.
+            UserError: its file can no longer be read.
         """
         info = self.tensors[name]
         tensor = torch.empty(info.shape, dtype=info.dtype)
@@ -111,9 +113,9 @@ class Checkpoint:
                 file.seek(self._starts[name])
                 num_read = file.readinto(_bytes_of(tensor))
         except OSError as error:
-            raise ValueError(f"cannot read {name} of {info.file}: {error}") from error
+            raise UserError(f"cannot read {name} of {info.file}: {error}") from error
         if num_read != info.num_bytes:
-            raise ValueError(f"{info.file} is truncated: {name} has {num_read} bytes of {info.num_bytes}")
+            raise UserError(f"{info.file} is truncated: {name} has {num_read} bytes of {info.num_bytes}")
         return tensor
 
     @property
@@ -126,7 +128,7 @@ class Checkpoint:
         if wrong := sorted(found.items() ^ weight_map.items()):
             name = wrong[0][0]
             listed, real = weight_map.get(name, "nothing"), found.get(name, "no shard")
-            raise ValueError(f"{self.index} lists {name} in {listed}, but {real} holds it")
+            raise UserError(f"{self.index} lists {name} in {listed}, but {real} holds it")
 
 
 def file_sha256(path: Path, on_bytes: Callable[[int], object] | None = None) -> str:
@@ -205,8 +207,8 @@ def _weights_of_folder(folder: Path) -> Path:
         return candidates[0]
     if not found:
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-        raise ValueError(f"{folder} has no weights: expected *.safetensors, with an index if several; it has {there}")
-    raise ValueError(f"{folder} has several weights: {', '.join(p.name for p in candidates)}; name one of them")
+        raise UserError(f"{folder} has no weights: expected *.safetensors, with an index if several; it has {there}")
+    raise UserError(f"{folder} has several weights: {', '.join(p.name for p in candidates)}; name one of them")
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -217,16 +219,16 @@ def _read_index(path: Path) -> dict[str, str]:
         if all(isinstance(file, str) and Path(file).name == file for file in weight_map.values()):
             return weight_map
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"{path} is no index of shards: {type(error).__name__}: {error}") from error
-    raise ValueError(f"{path} is no index of shards: weight_map must hold names of files in its folder")
+        raise UserError(f"{path} is no index of shards: {type(error).__name__}: {error}") from error
+    raise UserError(f"{path} is no index of shards: weight_map must hold names of files in its folder")
 
 
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo], dict[str, int]]:
     """Metadata, tensors, and where in the file each tensor's bytes start."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist")
+        raise UserError(f"{path} does not exist")
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path} is not a .safetensors file or a folder with some; convert other formats first")
+        raise UserError(f"{path} is not a .safetensors file or a folder with some; convert other formats first")
     try:
         with safe_open(path, "pt"):
             pass  # the library checks that the header is sound and covers the file, so what follows can trust it
@@ -234,18 +236,18 @@ def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo], dic
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size), object_pairs_hook=_without_duplicates)
     except (SafetensorError, ValueError, OSError) as error:
-        raise ValueError(f"{path} is truncated or damaged: {error}") from error
+        raise UserError(f"{path} is truncated or damaged: {error}") from error
     metadata = header.pop("__metadata__", None) or {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {name} has dtype {entry['dtype']}; supported are {', '.join(DTYPES)}")
+            raise UserError(f"{path}: {name} has dtype {entry['dtype']}; supported are {', '.join(DTYPES)}")
     tensors = {name: TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]], path) for name, entry in header.items()}
     return metadata, tensors, {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items()}
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if twice := [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:
-        raise ValueError(f"its header has {twice[0]} twice")
+        raise UserError(f"its header has {twice[0]} twice")
     return dict(pairs)
 
 

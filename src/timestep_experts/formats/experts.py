@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from timestep_experts.errors import UserError
 from timestep_experts.formats.atomic import atomic_path, write_tensors
 from timestep_experts.formats.checkpoints import Checkpoint, TensorInfo, write_streamed
 from timestep_experts.formats.sampling import SamplingDefaults
@@ -125,12 +126,12 @@ def read_projections(folder: Path) -> StoredProjections | None:
     """The projections of a model's folder; ``None`` where there are none.
 
     Raises:
-        ValueError: the file is not one of projections, or gone; or their numbers are not finite.
+        UserError: the file is not one of projections, or gone; or their numbers are not finite.
     """
     path = folder / PROJECTIONS
     if not path.is_file():
         if (folder / WEIGHTS).is_file() and _PLACES_KEY in Checkpoint(folder / WEIGHTS).metadata:
-            raise ValueError(f"{folder} was trained with projections, but {path} is not there")
+            raise UserError(f"{folder} was trained with projections, but {path} is not there")
         return None
     try:
         with safe_open(path, "pt") as opened:
@@ -138,14 +139,12 @@ def read_projections(folder: Path) -> StoredProjections | None:
         places = tuple(Place(**{**place, "folds_into": tuple(place["folds_into"])}) for place in stored)
         deltas = load_file(path)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no readable file of projections: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path} is no readable file of projections: {type(error).__name__}: {error}") from error
     for place in places:
         delta = deltas.get(place.name)
         if delta is None or delta.shape != (place.channels, place.channels) or not delta.isfinite().all():
             what = "nothing" if delta is None else f"a tensor {tuple(delta.shape)}, or numbers that are not finite"
-            raise ValueError(
-                f"{path}: {place.name} should have {place.channels} x {place.channels} numbers; got {what}"
-            )
+            raise UserError(f"{path}: {place.name} should have {place.channels} x {place.channels} numbers; got {what}")
     return StoredProjections(places, deltas)
 
 
@@ -153,15 +152,15 @@ def read_record(folder: Path) -> ExpertRecord:
     """Which expert a folder holds.
 
     Raises:
-        ValueError: its weights cannot be read, or do not say so.
+        UserError: its weights cannot be read, or do not say so.
     """
     stored = Checkpoint(folder).metadata.get(EXPERT_KEY)
     if stored is None:
-        raise ValueError(f"{folder} is no expert's folder: the metadata of its weights lacks {EXPERT_KEY}")
+        raise UserError(f"{folder} is no expert's folder: the metadata of its weights lacks {EXPERT_KEY}")
     document = json.loads(stored)
     version = document.get("format_version")
     if version != _FORMAT_VERSION:
-        raise ValueError(
+        raise UserError(
             f"{folder} was written in format version {version} of experts; this release reads version"
             f" {_FORMAT_VERSION} only: train it again, or read it with the release that wrote it"
         )
@@ -169,7 +168,7 @@ def read_record(folder: Path) -> ExpertRecord:
     try:
         return _RECORD.validate_python(own)
     except ValidationError as error:
-        raise ValueError(f"{folder}: the metadata {EXPERT_KEY} is damaged: {error}") from error
+        raise UserError(f"{folder}: the metadata {EXPERT_KEY} is damaged: {error}") from error
 
 
 def find_experts(folder: Path) -> tuple[list[Path], Partition, ExpertRecord]:
@@ -179,16 +178,16 @@ def find_experts(folder: Path) -> tuple[list[Path], Partition, ExpertRecord]:
         Their folders from low to high noise, their ranges, and the first one's record.
 
     Raises:
-        ValueError: there are none, a range has none or two, or they are of different runs.
+        UserError: there are none, a range has none or two, or they are of different runs.
     """
     places = sorted(path for path in folder.glob("*/expert") if path.is_dir())
     if not places:
-        raise ValueError(f"{folder} holds no experts: expected folders such as {folder / 'range-0' / 'expert'}")
+        raise UserError(f"{folder} holds no experts: expected folders such as {folder / 'range-0' / 'expert'}")
     records = [read_record(place) for place in places]
     first = records[0]
     for place, record in zip(places, records, strict=True):
         if (record.boundaries, record.denoiser_class) != (first.boundaries, first.denoiser_class):
-            raise ValueError(f"{place} has other ranges or another denoiser than {places[0]}")
+            raise UserError(f"{place} has other ranges or another denoiser than {places[0]}")
     _require_each_once(folder, [record.index for record in records], len(first.boundaries) - 1)
     ordered = [place for _, place in sorted(zip((r.index for r in records), places, strict=True))]
     return ordered, Partition(first.boundaries), first
@@ -198,4 +197,4 @@ def _require_each_once(folder: Path, found: Sequence[int], count: int) -> None:
     wrong = [index for index in range(count) if found.count(index) != 1]
     if wrong:
         number = found.count(wrong[0]) or "no"
-        raise ValueError(f"{folder} has {number} experts of range {wrong[0]}; each of {count} ranges needs one")
+        raise UserError(f"{folder} has {number} experts of range {wrong[0]}; each of {count} ranges needs one")

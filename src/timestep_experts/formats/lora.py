@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timestep_experts.errors import UserError
 from timestep_experts.formats.atomic import write_tensors
 from timestep_experts.formats.bundle import Bundle
 from timestep_experts.intervals import Partition
@@ -60,12 +61,12 @@ def save_lora(
         metadata: of the file.
 
     Raises:
-        ValueError: a number leaves the range of the dtype.
+        UserError: a number leaves the range of the dtype.
     """
     tensors = {name: tensor.to(dtype) for name, tensor in lora_tensors(updates, layers).items()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise ValueError(f"{name} is not finite in {dtype}; take smaller weights or another dtype")
+            raise UserError(f"{name} is not finite in {dtype}; take smaller weights or another dtype")
     write_tensors(folder / LORA_FILE, tensors, {"format": "pt", **metadata})
     return folder / LORA_FILE
 
@@ -74,7 +75,7 @@ def updates_of(bundle: Bundle) -> dict[str, list[LowRank]]:
     """Every layer's experts as updates: scale after scale, each from low to high noise. Groups are not known here.
 
     Raises:
-        ValueError: a tensor is missing or not finite, or a layer has not all experts of a scale, for its network owns
+        UserError: a tensor is missing or not finite, or a layer has not all experts of a scale, for its network owns
             a part of the timesteps alone.
     """
     found: dict[str, list[LowRank]] = {}
@@ -83,14 +84,14 @@ def updates_of(bundle: Bundle) -> dict[str, list[LowRank]]:
         for scale in bundle.spec.scales:
             names = [f"{path}.experts.{scale.name}.{part}" for part in "AB"]
             if lacking := [name for name in names if name not in bundle.tensors]:
-                raise ValueError(f"the bundle is damaged: it lacks {lacking[0]}")
+                raise UserError(f"the bundle is damaged: it lacks {lacking[0]}")
             down, up = (bundle.tensors[name].float() for name in names)
             if not (down.isfinite().all() and up.isfinite().all()):
-                raise ValueError(
+                raise UserError(
                     f"the bundle's experts are not finite: scale {scale.name} of {path} has NaN or infinity"
                 )
             if len(down) != len(scale.partition):
-                raise ValueError(
+                raise UserError(
                     f"{path} has {len(down)} of the {len(scale.partition)} experts of scale {scale.name}: denoisers"
                     " share out the timesteps, so no single LoRA can stand for the experts of both"
                 )

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from timestep_experts.errors import UserError
 from timestep_experts.formats.atomic import write_json
 from timestep_experts.formats.checkpoints import Checkpoint, TensorInfo
 
@@ -28,10 +29,10 @@ def find_weights(path: Path, component: str | None = None) -> Path:
         component: its name in ``model_index.json``; ``None``: the only denoiser.
 
     Raises:
-        ValueError: there is nothing there, or the pipeline has no such component, or several denoisers.
+        UserError: there is nothing there, or the pipeline has no such component, or several denoisers.
     """
     if not path.exists():
-        raise ValueError(f"{path} does not exist")
+        raise UserError(f"{path} does not exist")
     if not (path / _PIPELINE_INDEX).is_file():
         return path
     listed = _components(path / _PIPELINE_INDEX)
@@ -40,12 +41,12 @@ def find_weights(path: Path, component: str | None = None) -> Path:
         if len(found) != 1:
             kind = "several denoisers" if found else "no denoiser"
             names = ", ".join(found or listed)
-            raise ValueError(f"{path} has {kind}: name the component to merge, one of {names}")
+            raise UserError(f"{path} has {kind}: name the component to merge, one of {names}")
         component = found[0]
     if component not in listed:
-        raise ValueError(f"{path} has no component {component!r}; it has {', '.join(listed)}")
+        raise UserError(f"{path} has no component {component!r}; it has {', '.join(listed)}")
     if not (path / component).is_dir():
-        raise ValueError(f"{_PIPELINE_INDEX} lists {component}, but there is no folder {path / component}")
+        raise UserError(f"{_PIPELINE_INDEX} lists {component}, but there is no folder {path / component}")
     return path / component
 
 
@@ -94,5 +95,5 @@ def _components(index: Path) -> list[str]:
         document = json.loads(index.read_text(encoding="utf-8"))
         entries = document.items()
     except (ValueError, AttributeError, OSError) as error:
-        raise ValueError(f"{index} is no description of a pipeline: {error}") from error
+        raise UserError(f"{index} is no description of a pipeline: {error}") from error
     return [name for name, kind in entries if isinstance(kind, list) and kind and kind[0] is not None]

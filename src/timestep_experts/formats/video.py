@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from timestep_experts.errors import UserError
+
 
 def require_av() -> Any:
     """The module ``av``.
 
     Raises:
-        ValueError: it is not installed.
+        UserError: it is not installed.
     """
     try:
         import av  # an optional dependency
     except ImportError as error:
-        raise ValueError("videos need PyAV; install it by: pip install 'timestep-experts[video]'") from error
+        raise UserError("videos need PyAV; install it by: pip install 'timestep-experts[video]'") from error
     return av

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
+from timestep_experts.errors import UserError
+
 PREFIX = "model.diffusion_model."
 """Before every tensor of the denoiser in the checkpoint; others belong to the autoencoder and the text encoder."""
 
@@ -31,7 +33,7 @@ def to_diffusers_key(key: str) -> str:
     """The diffusers name of a checkpoint's tensor, with or without `PREFIX`.
 
     Raises:
-        ValueError: it is no tensor of VideoCrafter2's denoiser.
+        UserError: it is no tensor of VideoCrafter2's denoiser.
     """
     return _rename(key.removeprefix(PREFIX), _TO_DIFFUSERS, "a VideoCrafter2 denoiser")
 
@@ -40,7 +42,7 @@ def to_checkpoint_key(key: str) -> str:
     """The checkpoint's name, `PREFIX` included, of a tensor of UNet3DConditionModel.
 
     Raises:
-        ValueError: it is no tensor of a UNet3DConditionModel of VideoCrafter2's form.
+        UserError: it is no tensor of a UNet3DConditionModel of VideoCrafter2's form.
     """
     return PREFIX + _rename(key, _TO_CHECKPOINT, "a UNet3DConditionModel of VideoCrafter2's form")
 
@@ -52,7 +54,7 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state: a whole checkpoint, of which the keys under `PREFIX` are taken; or the denoiser's keys without it.
 
     Raises:
-        ValueError: a tensor has no place in VideoCrafter2's denoiser.
+        UserError: a tensor has no place in VideoCrafter2's denoiser.
     """
     own = {key: value for key, value in state.items() if key.startswith(PREFIX)} or state
     renamed = {to_diffusers_key(key): value for key, value in own.items()}
@@ -63,7 +65,7 @@ def to_checkpoint(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `to_diffusers`, with `PREFIX`.
 
     Raises:
-        ValueError: a tensor has no place in VideoCrafter2's denoiser.
+        UserError: a tensor has no place in VideoCrafter2's denoiser.
     """
     return {to_checkpoint_key(key): value.unsqueeze(-1) if key in _SQUEEZED else value for key, value in state.items()}
 
@@ -75,7 +77,7 @@ def _rename(key: str, stems: Mapping[str, str], owner: str) -> str:
             return stems[stem] + rest
         stem, _, last = stem.rpartition(".")
         rest = f".{last}{rest}"
-    raise ValueError(f"{key!r} is no tensor of {owner}")
+    raise UserError(f"{key!r} is no tensor of {owner}")
 
 
 def _stems() -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from timestep_experts.errors import UserError
 from timestep_experts.formats import Bundle, load_bundle
 from timestep_experts.inference.reencode import DENOISERS, Reencoder, TextExperts, reencode
 from timestep_experts.mixture import Mixture, MixtureLayer, Mode, fuse
@@ -39,7 +40,7 @@ def attach(
         The mixture: set its ``mode`` at any time; `detach` gives the pipeline back as it was.
 
     Raises:
-        ValueError: the bundle does not fit, naming the modules and shapes that differ, or experts are to be fused that
+        UserError: the bundle does not fit, naming the modules and shapes that differ, or experts are to be fused that
             cannot; the pipeline stays as it was.
     """
     bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
@@ -48,7 +49,7 @@ def attach(
     known = {path for name, found in inner.items() for path in (_path(name, i) for i in found)}
     missing = sorted(set(bundle.target_modules) - known)
     if missing:
-        raise ValueError(
+        raise UserError(
             f"this bundle was made for a {bundle.denoiser_class} ({bundle.base_model}); this"
             f" {type(pipeline).__name__} with its {type(denoiser_of(pipeline)).__name__} lacks {len(missing)} of its"
             f" {len(bundle.target_modules)} modules:\n  " + "\n  ".join(missing)
@@ -87,7 +88,7 @@ def detach(pipeline: Any) -> None:
     """Take the experts off a pipeline; its ``state_dict`` is what it was, to the byte.
 
     Raises:
-        ValueError: it carries none.
+        UserError: it carries none.
     """
     mixture = mixture_of(pipeline)
     reencoder = Reencoder.of(pipeline)
@@ -100,7 +101,7 @@ def mixture_of(pipeline: Any) -> Mixture:
     """The mixture that a pipeline carries.
 
     Raises:
-        ValueError: it carries none.
+        UserError: it carries none.
     """
     modules = _modules_of(pipeline)
     carried = {n: [m.name for m in c.modules() if isinstance(m, MixtureLayer)] for n, c in modules.items()}
@@ -113,13 +114,13 @@ def denoiser_of(pipeline: Any) -> nn.Module:
     """The network of a pipeline that is called at every step.
 
     Raises:
-        ValueError: the pipeline has neither a ``unet`` nor a ``transformer``.
+        UserError: the pipeline has neither a ``unet`` nor a ``transformer``.
     """
     for name in DENOISERS:
         module = getattr(pipeline, name, None)
         if isinstance(module, nn.Module):
             return module
-    raise ValueError(f"a {type(pipeline).__name__} has neither a unet nor a transformer to attach experts to")
+    raise UserError(f"a {type(pipeline).__name__} has neither a unet nor a transformer to attach experts to")
 
 
 def _networks_of(pipeline: Any, paths: Sequence[str]) -> dict[str, nn.Module]:

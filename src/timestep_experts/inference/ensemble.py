@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from timestep_experts.errors import UserError
 from timestep_experts.formats.checkpoints import Checkpoint
 from timestep_experts.formats.experts import StoredProjections, read_projections
 from timestep_experts.inference.attach import denoiser_of
@@ -40,7 +41,7 @@ class Ensemble:
         num_swaps: how often an expert was put into it.
 
     Raises:
-        ValueError: see `attach_ensemble`.
+        UserError: see `attach_ensemble`.
     """
 
     def __init__(self, denoiser: nn.Module, experts: Sequence[Path], partition: Partition, resident: Resident) -> None:
@@ -67,10 +68,10 @@ class Ensemble:
         """Give the denoiser its own weights back, to the byte.
 
         Raises:
-            ValueError: it was detached already.
+            UserError: it was detached already.
         """
         if getattr(self.denoiser, _ATTRIBUTE, None) is not self:
-            raise ValueError("this ensemble is not attached")
+            raise UserError("this ensemble is not attached")
         self._handle.remove()
         if self._projections is not None:
             self._projections.detach_hooks()
@@ -107,7 +108,7 @@ class Ensemble:
         t = kwargs["timestep"] if "timestep" in kwargs else args[self._reader]
         owners = sorted(set(self.partition.index_of(torch.as_tensor(t).float() * self._scale).flatten().tolist()))
         if len(owners) != 1:
-            raise ValueError(
+            raise UserError(
                 f"one call of the denoiser with timesteps of the ranges {', '.join(map(str, owners))}: an ensemble has"
                 " one expert in it at a time, so all samples of a call must share a range"
             )
@@ -137,21 +138,21 @@ def attach_ensemble(
         The ensemble: its ``detach`` gives the pipeline back as it was.
 
     Raises:
-        ValueError: the experts do not fit the pipeline or the ranges; the pipeline stays as it was.
+        UserError: the experts do not fit the pipeline or the ranges; the pipeline stays as it was.
     """
     denoiser = denoiser_of(pipeline)
     known: Resident | None = next((kind for kind in get_args(Resident) if kind == resident), None)
     if known is None:
-        raise ValueError(f"unknown resident {resident!r}: allowed are {', '.join(get_args(Resident))}")
+        raise UserError(f"unknown resident {resident!r}: allowed are {', '.join(get_args(Resident))}")
     if any(isinstance(getattr(pipeline, name, None), nn.Module) for name in SECOND_DENOISERS):
-        raise ValueError(f"a {type(pipeline).__name__} with two denoisers takes no ensemble; it takes one denoiser")
+        raise UserError(f"a {type(pipeline).__name__} with two denoisers takes no ensemble; it takes one denoiser")
     if hasattr(denoiser, _ATTRIBUTE):
-        raise ValueError(f"the {type(denoiser).__name__} of this pipeline carries an ensemble already; detach it first")
+        raise UserError(f"the {type(denoiser).__name__} of this pipeline carries an ensemble already; detach it first")
     if len(experts) != len(partition):
-        raise ValueError(f"there are {len(experts)} experts for {len(partition)} ranges")
+        raise UserError(f"there are {len(experts)} experts for {len(partition)} ranges")
     total = pipeline.scheduler.config["num_train_timesteps"]
     if partition.num_train_timesteps != total:
-        raise ValueError(f"the ranges end at {partition.num_train_timesteps:g}; this pipeline has {total} timesteps")
+        raise UserError(f"the ranges end at {partition.num_train_timesteps:g}; this pipeline has {total} timesteps")
     return Ensemble(denoiser, [Path(expert) for expert in experts], partition, known)
 
 
@@ -166,14 +167,14 @@ def attach_projections(pipeline: Any, folder: Path | str) -> Projections | None:
         Their ``detach_hooks`` takes them off; ``None`` if all are in the weights.
 
     Raises:
-        ValueError: the file cannot be read, or is of another denoiser.
+        UserError: the file cannot be read, or is of another denoiser.
     """
     stored, denoiser = read_projections(Path(folder)), denoiser_of(pipeline)
     if stored is None or not stored.kept:
         return None
     missing = [place.module for place in stored.kept if place.module not in dict(denoiser.named_modules())]
     if missing:
-        raise ValueError(f"{folder} has projections of another denoiser: this one has no {', '.join(missing)}")
+        raise UserError(f"{folder} has projections of another denoiser: this one has no {', '.join(missing)}")
     projections = Projections(denoiser, list(stored.kept))
     for name, delta in projections.named_deltas().items():
         delta.requires_grad_(False).copy_(stored.deltas[name])
@@ -184,7 +185,7 @@ def _attach_projections(denoiser: nn.Module, sources: Sequence[_Source]) -> Proj
     """Those that are not in the experts' weights."""
     kept = [() if source.projections is None else source.projections.kept for source in sources]
     if any(places != kept[0] for places in kept):
-        raise ValueError("the experts of an ensemble have projections at different places")
+        raise UserError("the experts of an ensemble have projections at different places")
     return Projections(denoiser, list(kept[0])) if kept[0] else None
 
 
@@ -194,7 +195,7 @@ def _check_fit(targets: Mapping[str, Tensor], weights: Checkpoint, denoiser: nn.
     )
     if wrong:
         shown = ", ".join(wrong[:_NUM_SHOWN]) + (", ..." if len(wrong) > _NUM_SHOWN else "")
-        raise ValueError(
+        raise UserError(
             f"{weights.path} is no expert of this {type(denoiser).__name__}: {len(wrong)} tensors differ in name or"
             f" shape: {shown}"
         )

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from timestep_experts.errors import UserError
 from timestep_experts.mixture import Mixture
 
 DENOISERS = ("unet", "transformer", "transformer_2")
@@ -89,14 +90,14 @@ class Reencoder:
         """Serve another pipeline over the same networks too, e.g. one made by ``from_pipe``.
 
         Raises:
-            ValueError: it is served already, or its text encoders are not those that carry the experts.
+            UserError: it is served already, or its text encoders are not those that carry the experts.
         """
         if self.of(pipeline) is not None:
-            raise ValueError(f"the prompts of this {type(pipeline).__name__} are encoded anew already")
+            raise UserError(f"the prompts of this {type(pipeline).__name__} are encoded anew already")
         names = [name for name in self.mixture.networks if name not in DENOISERS]
         other = [name for name in names if getattr(pipeline, name, None) is not self.mixture.networks[name]]
         if other:
-            raise ValueError(
+            raise UserError(
                 f"this {type(pipeline).__name__} does not share {', '.join(other)} with the"
                 f" {type(self.pipeline).__name__} that carries the experts; make it by from_pipe or from its components"
             )
@@ -127,7 +128,7 @@ class Reencoder:
     def _refuse_strangers(self, encoder: nn.Module, _: Any) -> None:
         """A pipeline that is not followed would encode its prompts by experts of no timestep, once and for all."""
         if self.mixture.mode != "off" and not self.mixture.is_bound:
-            raise ValueError(
+            raise UserError(
                 f"this {type(encoder).__name__} carries timestep experts, and what calls it says no timestep. For a"
                 f" pipeline made from the {type(self.pipeline).__name__} that they were attached to:"
                 " Reencoder.of(first).follow(other), or attach to the other one instead"

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from timestep_experts.errors import UserError
 from timestep_experts.models import sampling_options_of
 from timestep_experts.models.video_crafter import ScaledSignalDDIMScheduler
 
@@ -84,7 +85,7 @@ def sample(
         ``(N, H, W, 3)``, of clips ``(N, F, H, W, 3)``, uint8, RGB.
 
     Raises:
-        ValueError: see `choose_scheduler`; or what is drawn is not finite.
+        UserError: see `choose_scheduler`; or what is drawn is not finite.
     """
     before = pipeline.scheduler
     pipeline.scheduler = choose_scheduler(settings.scheduler, before)
@@ -115,7 +116,7 @@ def sample(
 def _require_finite(signal: NDArray[np.float32], prompts: Sequence[str], pipeline: Any) -> None:
     wrong = [prompt for prompt, values in zip(prompts, signal, strict=True) if not np.isfinite(values).all()]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"what this {type(pipeline).__name__} draws for {wrong[0]!r} is not finite, and would be black;"
             f" {len(wrong)} of {len(prompts)} prompts are concerned. Half precision overflows in some bases, in the"
             " autoencoder of SDXL in fp16 for one: load it in fp32 or bf16. If it is finite in mode off, the experts"
@@ -127,7 +128,7 @@ def choose_scheduler(name: str | None, own: Any) -> Any:
     """The scheduler of that name with a pipeline's noise schedule; ``None`` gives the pipeline's own.
 
     Raises:
-        ValueError: diffusers has none of that name, or it does not sample what the base was trained on.
+        UserError: diffusers has none of that name, or it does not sample what the base was trained on.
     """
     if name is None:
         return own
@@ -135,7 +136,7 @@ def choose_scheduler(name: str | None, own: Any) -> Any:
     if isinstance(own, ScaledSignalDDIMScheduler) or _is_flow(own) != _is_flow(chosen):
         allowed = "FlowMatch ones" if _is_flow(own) else "DDPM-like ones"
         allowed = "none but its own" if isinstance(own, ScaledSignalDDIMScheduler) else allowed
-        raise ValueError(
+        raise UserError(
             f"{name} does not sample what this base was trained on: it comes with a {type(own).__name__}; allowed are"
             f" {allowed}, and null for its own"
         )
@@ -150,16 +151,16 @@ def make_scheduler(name: str, config: Any) -> Any:
     """A diffusers scheduler by name, with another one's noise schedule.
 
     Raises:
-        ValueError: there is none of that name.
+        UserError: there is none of that name.
     """
     kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if kind is None:
         known = sorted(n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax"))
-        raise ValueError(f"diffusers has no scheduler {name!r}; it has {', '.join(known)}")
+        raise UserError(f"diffusers has no scheduler {name!r}; it has {', '.join(known)}")
     # diffusers gives the new class its own value of whatever the other one had by default: right for ways to sample,
     # not for what the model was trained with
     defaults = [key for key in config.get("_use_default_values", ()) if key not in _NOISE_SCHEDULE]
     try:
         return kind.from_config({**config, "_use_default_values": defaults})
     except Exception as error:  # schedulers raise many kinds, missing libraries among them
-        raise ValueError(f"{name} cannot be made for this noise schedule: {error}") from error
+        raise UserError(f"{name} cannot be made for this noise schedule: {error}") from error

@@ -65,7 +65,7 @@ def evaluate(recipe: Recipe, context: RunContext) -> list[Result]:
     """Measure the base and every trained variant; what is measured already is read back.
 
     Raises:
-        ValueError: a variant is not trained yet.
+        UserError: a variant is not trained yet.
     """
     settings = build_loss_settings(recipe, reported_partition(recipe, context))
     rows: list[Candidate] = [BaseCandidate(recipe)]

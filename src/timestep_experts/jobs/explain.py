@@ -9,7 +9,7 @@ import diffusers
 from rich.console import Group
 from rich.table import Table
 
-from timestep_experts.build import resolve_model
+from timestep_experts.errors import UserError
 from timestep_experts.inference.sample import make_scheduler
 from timestep_experts.intervals import (
     Interval,
@@ -23,13 +23,14 @@ from timestep_experts.intervals import (
     sigma_of,
     steps_per_interval,
 )
+from timestep_experts.models import resolve_model
 
 
 def load_scheduler(name: str, shift: float) -> Any:
     """A scheduler by its diffusers class (with Stable Diffusion's noise schedule), or of a model's folder.
 
     Raises:
-        ValueError: there is no such class and no such folder.
+        UserError: there is no such class and no such folder.
     """
     folder = Path(resolve_model(name))
     if (folder / "scheduler").is_dir():
@@ -45,13 +46,13 @@ def explain_partition(partition: Partition, scheduler_name: str, num_inference_s
     """One row per interval: t, sigma, log-SNR, training mass, inference steps.
 
     Raises:
-        ValueError: the partition does not end at t = 1000, or a shift is given to a scheduler that has none.
+        UserError: the partition does not end at t = 1000, or a shift is given to a scheduler that has none.
     """
     if partition.num_train_timesteps != 1000:
-        raise ValueError(f"boundaries must end at t = 1000; got {partition.num_train_timesteps:g}")
+        raise UserError(f"boundaries must end at t = 1000; got {partition.num_train_timesteps:g}")
     scheduler = load_scheduler(scheduler_name, shift)
     if shift != 1 and hasattr(scheduler, "alphas_cumprod"):
-        raise ValueError(f"--shift is of flow schedulers; {scheduler_name} is none")
+        raise UserError(f"--shift is of flow schedulers; {scheduler_name} is none")
     timesteps = inference_timesteps(scheduler, num_inference_steps)
     steps = steps_per_interval(partition, timesteps)
     masses = mass_per_interval(partition, _density(scheduler, shift))
@@ -81,10 +82,10 @@ def explain_interval(interval: Interval, scheduler_name: str, num_inference_step
     """The interval's row, and how other trainers would be told the same.
 
     Raises:
-        ValueError: the interval reaches beyond the schedule.
+        UserError: the interval reaches beyond the schedule.
     """
     if interval.hi > 1000:
-        raise ValueError(f"the interval {interval} reaches beyond t = 1000")
+        raise UserError(f"the interval {interval} reaches beyond t = 1000")
     boundaries = tuple(sorted({0.0, interval.lo, interval.hi, 1000.0}))
     group = explain_partition(Partition(boundaries), scheduler_name, num_inference_steps, shift)
     words = Table("trainer", "setting", title=f"{_plain(str(interval))} elsewhere")

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from timestep_experts.build import build_base_dtype, build_media_settings, resolve_model
+from timestep_experts.build import build_base_dtype, build_media_settings
 from timestep_experts.config import Recipe
 from timestep_experts.data import ClipSettings
-from timestep_experts.models import Family, Outline, read_outline
+from timestep_experts.models import Family, Outline, read_outline, resolve_model
 from timestep_experts.models.quantization import quantised_bytes
 from timestep_experts.training.stage import Stage
 
@@ -63,7 +63,7 @@ def read_base(recipe: Recipe) -> Outline:
     """The recipe's base on the meta device, in the dtype of the recipe.
 
     Raises:
-        ValueError: the base has no readable configuration.
+        UserError: the base has no readable configuration.
     """
     outline = read_outline(resolve_model(recipe.pretrained_model_name_or_path))
     outline.cast_to(build_base_dtype(recipe))

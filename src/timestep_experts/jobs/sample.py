@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from timestep_experts.build import resolve_model
+from timestep_experts.errors import UserError
 from timestep_experts.formats import SamplingDefaults, load_bundle
 from timestep_experts.formats.dtypes import DTYPES
 from timestep_experts.formats.experts import find_experts
 from timestep_experts.inference import SampleSettings, SamplingCost, attach, attach_ensemble, counted, sample
 from timestep_experts.jobs.media import DEFAULT_FPS, SHEET, save_media, save_media_sheet
 from timestep_experts.mixture import MODES, Mode
-from timestep_experts.models import Family, load_family
+from timestep_experts.models import Family, load_family, resolve_model
 
 _BATCH_SIZE = 16
 _STEPS, _GUIDANCE = 20, 3.0
@@ -58,14 +58,14 @@ def sample_bundle(
     """Generate one picture or clip per prompt; returns their paths and, last, the contact sheet's, and the cost.
 
     Raises:
-        ValueError: the mode is unknown, or the bundle or the base cannot be used.
+        UserError: the mode is unknown, or the bundle or the base cannot be used.
     """
     mode: Mode | None = next((known for known in MODES if known == options.mode), None)
     if options.mode is not None and (mode is None or mode == "foster"):
-        raise ValueError(f"unknown mode {options.mode!r}: allowed are switch, route and off")
+        raise UserError(f"unknown mode {options.mode!r}: allowed are switch, route and off")
     loaded = load_bundle(bundle)
     if options.fused and (mode or loaded.mode) != "switch":
-        raise ValueError(f"only mode switch can be fused; this is mode {mode or loaded.mode}")
+        raise UserError(f"only mode switch can be fused; this is mode {mode or loaded.mode}")
     family = load_family(
         resolve_model(options.model or loaded.base_model),
         _device(),
@@ -73,7 +73,7 @@ def sample_bundle(
         loaded.sampling.base_quantization,
     )
     if not family.text_encoders:
-        raise ValueError(f"{family.source} is a {type(family.pipeline()).__name__}: it generates nothing for a prompt")
+        raise UserError(f"{family.source} is a {type(family.pipeline()).__name__}: it generates nothing for a prompt")
     attach(family.pipeline(), loaded, mode, fused=options.fused)
     return _sample(family, loaded.sampling, prompts, output, options)
 
@@ -96,12 +96,12 @@ def sample_ensemble(
         As `sample_bundle`, and how often another expert was put into the denoiser.
 
     Raises:
-        ValueError: the experts or the base cannot be used, or a mode or fusing is asked for.
+        UserError: the experts or the base cannot be used, or a mode or fusing is asked for.
     """
     if options.mode is not None:
-        raise ValueError(f"mode {options.mode!r} is for bundles; an ensemble has one expert at a time")
+        raise UserError(f"mode {options.mode!r} is for bundles; an ensemble has one expert at a time")
     if options.fused:
-        raise ValueError("fusing is for bundles; an ensemble's experts are whole weights already")
+        raise UserError("fusing is for bundles; an ensemble's experts are whole weights already")
     folders, partition, record = find_experts(experts)
     family = load_family(resolve_model(options.model or record.base_model), _device())
     ensemble = attach_ensemble(family.pipeline(), folders, partition, resident)
@@ -127,7 +127,7 @@ def _sample(
 
 def _settings(family: Family, defaults: SamplingDefaults, options: SampleOptions) -> SampleSettings:
     if not family.is_video and (options.num_frames or options.fps):
-        raise ValueError(f"{family.source} generates pictures: num_frames and fps are for video models")
+        raise UserError(f"{family.source} generates pictures: num_frames and fps are for video models")
     num_frames = options.num_frames or defaults.num_frames or family.default_num_frames if family.is_video else None
     scheduler, num_steps, guidance, timesteps = _sampler(defaults, options)
     height, width = defaults.resolution or family.default_size

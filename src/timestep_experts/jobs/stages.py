@@ -76,7 +76,7 @@ def train_stage(
         preview: what is looked at.
 
     Raises:
-        ValueError: see `run_stage`.
+        UserError: see `run_stage`.
     """
     with encoders_away(recipe, context):
         run_stage(

@@ -18,7 +18,7 @@ from timestep_experts.merging.projection import (
 )
 from timestep_experts.merging.search import (
     Evaluated,
-    Ledger,
+    History,
     Quadratic,
     QuadraticSettings,
     Weights,
@@ -37,7 +37,7 @@ __all__ = [
     "PLACEMENTS",
     "Cut",
     "Evaluated",
-    "Ledger",
+    "History",
     "LiveMerge",
     "LowRank",
     "MergeSettings",

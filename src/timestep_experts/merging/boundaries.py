@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from timestep_experts.errors import UserError
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -36,7 +38,7 @@ def best_cuts(similarity: Tensor, max_intervals: int) -> list[Cut]:
         max_intervals: at most K.
 
     Raises:
-        ValueError: the matrix is not square or not finite, or there are fewer bins than intervals.
+        UserError: the matrix is not square or not finite, or there are fewer bins than intervals.
     """
     num_bins = _check(similarity, max_intervals)
     cost = interval_costs(similarity)
@@ -70,10 +72,10 @@ def _trace_back(came_from: list[Tensor], n: int, num_bins: int, cost: float) -> 
 
 def _check(similarity: Tensor, max_intervals: int) -> int:
     if similarity.dim() != 2 or similarity.shape[0] != similarity.shape[1]:
-        raise ValueError(f"a similarity matrix must be square; got {tuple(similarity.shape)}")
+        raise UserError(f"a similarity matrix must be square; got {tuple(similarity.shape)}")
     if not similarity.isfinite().all():
-        raise ValueError("a similarity matrix must be finite; some gradients were zero, NaN or infinite")
+        raise UserError("a similarity matrix must be finite; some gradients were zero, NaN or infinite")
     if not 1 <= max_intervals <= len(similarity):
         count = len(similarity)
-        raise ValueError(f"{count} bins can be cut into 1 to {count} intervals; got {max_intervals}")
+        raise UserError(f"{count} bins can be cut into 1 to {count} intervals; got {max_intervals}")
     return len(similarity)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from timestep_experts.errors import UserError
 from timestep_experts.merging.search import Weights
 from timestep_experts.merging.settings import MergeSettings
 
@@ -31,10 +32,10 @@ class WeightGroups:
         """The groups of a model's tensors.
 
         Raises:
-            ValueError: a pattern decides no tensor, is no regular expression, or takes the name of `OTHERS`.
+            UserError: a pattern decides no tensor, is no regular expression, or takes the name of `OTHERS`.
         """
         if OTHERS in patterns.values():
-            raise ValueError(f"groups: the name {OTHERS!r} is that of the tensors that no pattern matches")
+            raise UserError(f"groups: the name {OTHERS!r} is that of the tensors that no pattern matches")
         order = tuple(dict.fromkeys(patterns.values()))
         marks = {pattern: (float(order.index(group)),) for pattern, group in patterns.items()}
         chosen = MergeSettings((-1.0,), block_weights=marks).weights_by_tensor(names)

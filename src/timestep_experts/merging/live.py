@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from timestep_experts.errors import UserError
 from timestep_experts.merging.methods import merge_linear
 
 
@@ -23,7 +24,7 @@ class LiveMerge:
         experts: each expert's tensors, by the same names.
 
     Raises:
-        ValueError: names or shapes differ.
+        UserError: names or shapes differ.
     """
 
     def __init__(self, live: Mapping[str, Tensor], experts: Sequence[Mapping[str, Tensor]]) -> None:
@@ -71,16 +72,16 @@ def check_shapes(base: Mapping[str, Tensor], expert: Mapping[str, tuple[int, ...
         where: the expert is, for the error.
 
     Raises:
-        ValueError: naming the first tensor that is missing, unknown, or of another shape.
+        UserError: naming the first tensor that is missing, unknown, or of another shape.
     """
     if lacking := sorted(base.keys() - expert.keys()):
-        raise ValueError(f"{where} lacks {lacking[0]}, which the base has ({len(lacking)} such tensors)")
+        raise UserError(f"{where} lacks {lacking[0]}, which the base has ({len(lacking)} such tensors)")
     if strange := sorted(expert.keys() - base.keys()):
-        raise ValueError(f"{where} has {strange[0]}, which the base lacks ({len(strange)} such tensors)")
+        raise UserError(f"{where} has {strange[0]}, which the base lacks ({len(strange)} such tensors)")
     for name, tensor in base.items():
         if tuple(expert[name]) != tuple(tensor.shape):
             shapes = f"{tuple(expert[name])}; the base's is {tuple(tensor.shape)}"
-            raise ValueError(f"{where}: {name} has shape {shapes}")
+            raise UserError(f"{where}: {name} has shape {shapes}")
 
 
 def _is_changed(base: Tensor, experts: Sequence[Tensor]) -> bool:

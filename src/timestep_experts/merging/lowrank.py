@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from timestep_experts.errors import UserError
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -62,10 +64,10 @@ def weighted_sum(parts: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
         weights: one each.
 
     Raises:
-        ValueError: the counts differ.
+        UserError: the counts differ.
     """
     if len(parts) != len(weights):
-        raise ValueError(f"there are {len(weights)} weights for {len(parts)} low-rank updates")
+        raise UserError(f"there are {len(weights)} weights for {len(parts)} low-rank updates")
     groups = parts[0].groups
     by_group = [part.by_group() for part in parts]
     downs = torch.cat([by_group[i][g][0] for g in range(groups) for i in range(len(parts))])
@@ -84,10 +86,10 @@ def truncate(update: LowRank, rank: int) -> Truncated:
         rank: to keep, a multiple of the layer's groups.
 
     Raises:
-        ValueError: the rank is not allowed.
+        UserError: the rank is not allowed.
     """
     if rank < 1 or rank % update.groups:
-        raise ValueError(f"rank must be a positive multiple of the layer's {update.groups} group(s); got {rank}")
+        raise UserError(f"rank must be a positive multiple of the layer's {update.groups} group(s); got {rank}")
     halves = [_decompose(down, up) for down, up in update.by_group()]
     parts = [_cut(*half, rank // update.groups) for half in halves]
     energy = sum(float(values.square().sum()) for _, values, _ in halves)
@@ -105,10 +107,10 @@ def truncate_matrix(update: Tensor, rank: int, groups: int = 1) -> Truncated:
         groups: of the layer; A gets zeros for the inputs of other groups.
 
     Raises:
-        ValueError: the rank is not allowed.
+        UserError: the rank is not allowed.
     """
     if rank < 1 or rank % groups:
-        raise ValueError(f"rank must be a positive multiple of the layer's {groups} group(s); got {rank}")
+        raise UserError(f"rank must be a positive multiple of the layer's {groups} group(s); got {rank}")
     own = update.shape[1:].numel()
     downs, ups, energy, kept = [], [], 0.0, 0.0
     for g, part in enumerate(update.float().flatten(1).chunk(groups)):

@@ -15,6 +15,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from timestep_experts.errors import UserError
+
 Method: TypeAlias = Literal["linear", "ties", "dare"]
 
 _BLOCK = 2**17
@@ -31,7 +33,7 @@ def task_vector(expert: Tensor, base: Tensor) -> Tensor:
         base: floating point, the same shape.
 
     Raises:
-        ValueError: the shapes differ, or a tensor is not of real floating point.
+        UserError: the shapes differ, or a tensor is not of real floating point.
     """
     _check_expert(expert, base)
     dtype = _compute_dtype(base)
@@ -51,7 +53,7 @@ def merge_linear(base: Tensor, experts: Iterable[Tensor], weights: Sequence[floa
         weights: one each; may leave [0, 1].
 
     Raises:
-        ValueError: the counts or shapes differ, or tensors are complex.
+        UserError: the counts or shapes differ, or tensors are complex.
     """
     if not _is_merged(base):
         return base.clone()
@@ -87,7 +89,7 @@ def merge_ties(base: Tensor, experts: Iterable[Tensor], weights: Sequence[float]
         density: share of each task vector's elements that is kept, in (0, 1]; see `trim`.
 
     Raises:
-        ValueError: the counts or shapes differ, tensors are complex, or the density is outside its range.
+        UserError: the counts or shapes differ, tensors are complex, or the density is outside its range.
     """
     _check_density(density)
     active = [w for w in weights if w != 0]
@@ -123,11 +125,11 @@ def merge_dare(
         seeds: of each expert's mask; see `mask_seed`.
 
     Raises:
-        ValueError: the counts or shapes differ, tensors are complex, or the density is outside its range.
+        UserError: the counts or shapes differ, tensors are complex, or the density is outside its range.
     """
     _check_density(density)
     if len(seeds) != len(weights):
-        raise ValueError(f"DARE needs one seed per expert; got {len(seeds)} for {len(weights)} experts")
+        raise UserError(f"DARE needs one seed per expert; got {len(seeds)} for {len(weights)} experts")
     if density == 1 or not _is_merged(base):
         return merge_linear(base, experts, weights)
     moved = torch.zeros_like(base, dtype=_compute_dtype(base))
@@ -236,25 +238,25 @@ def _active(base: Tensor, experts: Iterable[Tensor], weights: Sequence[float]) -
     count = 0
     for count, expert in enumerate(experts, 1):
         if count > len(weights):
-            raise ValueError(f"there are more experts than weights ({len(weights)})")
+            raise UserError(f"there are more experts than weights ({len(weights)})")
         _check_expert(expert, base)
         if weights[count - 1] != 0:
             yield count - 1, expert, weights[count - 1]
     if count < len(weights):
-        raise ValueError(f"there are {len(weights)} weights for {count} experts")
+        raise UserError(f"there are {len(weights)} weights for {count} experts")
 
 
 def _check_expert(expert: Tensor, base: Tensor) -> None:
     if expert.shape != base.shape:
-        raise ValueError(f"an expert's tensor has shape {tuple(expert.shape)}, its base's {tuple(base.shape)}")
+        raise UserError(f"an expert's tensor has shape {tuple(expert.shape)}, its base's {tuple(base.shape)}")
     for tensor in (expert, base):
         if not tensor.is_floating_point():
-            raise ValueError(f"only floating-point tensors have task vectors; got {tensor.dtype}")
+            raise UserError(f"only floating-point tensors have task vectors; got {tensor.dtype}")
 
 
 def _is_merged(base: Tensor) -> bool:
     if base.is_complex():
-        raise ValueError(f"complex tensors cannot be merged; got {base.dtype}")
+        raise UserError(f"complex tensors cannot be merged; got {base.dtype}")
     return base.is_floating_point()
 
 
@@ -264,4 +266,4 @@ def _compute_dtype(base: Tensor) -> torch.dtype:
 
 def _check_density(density: float) -> None:
     if not 0 < density <= 1:
-        raise ValueError(f"density must be above 0 and at most 1; got {density}")
+        raise UserError(f"density must be above 0 and at most 1; got {density}")

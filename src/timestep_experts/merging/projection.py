@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from timestep_experts.errors import UserError
+
 Placement: TypeAlias = Literal["off", "paper", "foldable"]
 PLACEMENTS: tuple[Placement, ...] = get_args(Placement)
 
@@ -52,10 +54,10 @@ def find_places(denoiser: nn.Module, placement: Placement) -> list[Place]:
     """Where a denoiser gets its projections, in its own order; channels are read from the blocks.
 
     Raises:
-        ValueError: an unknown placement, or a denoiser that has no such place.
+        UserError: an unknown placement, or a denoiser that has no such place.
     """
     if placement not in PLACEMENTS:
-        raise ValueError(f"unknown placement {placement!r} of projections: allowed are {', '.join(PLACEMENTS)}")
+        raise UserError(f"unknown placement {placement!r} of projections: allowed are {', '.join(PLACEMENTS)}")
     if placement == "off":
         return []
     blocks = _blocks_of(denoiser)
@@ -68,7 +70,7 @@ def find_places(denoiser: nn.Module, placement: Placement) -> list[Place]:
     if not places:
         need = "down, mid and up blocks" if placement == "paper" else "a UNet's blocks or a transformer's"
         hint = "; foldable projections fit transformers too" if placement == "paper" else ""
-        raise ValueError(f"projection {placement!r} needs {need}, which a {type(denoiser).__name__} has not{hint}")
+        raise UserError(f"projection {placement!r} needs {need}, which a {type(denoiser).__name__} has not{hint}")
     return places
 
 
@@ -130,7 +132,7 @@ def unfold(tensor: Tensor, delta: Tensor) -> Tensor:
     """Undo `fold`, in fp64, so that the factors can be merged apart from each other.
 
     Raises:
-        ValueError: the projection has no inverse.
+        UserError: the projection has no inverse.
     """
     flat = tensor.double().reshape(len(tensor), -1)
     matrix = torch.eye(len(delta), dtype=torch.double, device=delta.device) + delta.double()
@@ -138,7 +140,7 @@ def unfold(tensor: Tensor, delta: Tensor) -> Tensor:
         unfolded: Tensor = torch.linalg.solve(matrix, flat)
         return unfolded.reshape(tensor.shape)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise ValueError(f"a projection of {len(delta)} channels has no inverse: {error}") from error
+        raise UserError(f"a projection of {len(delta)} channels has no inverse: {error}") from error
 
 
 def project(output: Tensor, delta: Tensor, *, channels_last: bool) -> Tensor:
@@ -186,7 +188,7 @@ def _inside(name: str, block: nn.Module) -> Place:
     """On the layer of a block that is nearest to its output: its sampler, its last attention, its last residual."""
     layer = next(_inner_layers(name, block), None)
     if layer is None:
-        raise ValueError(f"{name}, a {type(block).__name__}, has no layer that a projection folds into")
+        raise UserError(f"{name}, a {type(block).__name__}, has no layer that a projection folds into")
     return _on(f"{name}.{layer}", block.get_submodule(layer))
 
 
@@ -247,5 +249,5 @@ def _takes_folding(layer: nn.Module | None) -> bool:
 def _channels_of(name: str, block: nn.Module) -> int:
     resnets = getattr(block, "resnets", None)
     if not isinstance(resnets, nn.ModuleList) or not hasattr(resnets[-1], "out_channels"):
-        raise ValueError(f"{name}, a {type(block).__name__}, does not say how many channels it gives")
+        raise UserError(f"{name}, a {type(block).__name__}, does not say how many channels it gives")
     return int(resnets[-1].out_channels)  # type: ignore[arg-type]

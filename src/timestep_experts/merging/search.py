@@ -1,7 +1,7 @@
 """Search for the weights of a merge: few evaluations of a smooth loss, none of them lost.
 
-An objective maps N weights to a loss. Every search hands its points to a `Ledger`, which counts and remembers them, and
-what is found is the best point that was evaluated: never a fit's promise.
+An objective maps N weights to a loss. Every search hands its points to a `History`, which counts and remembers them.
+What is found is the best point that was evaluated, never a promise of a fit.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from timestep_experts.errors import UserError
 
 Weights: TypeAlias = tuple[float, ...]
 Objective: TypeAlias = Callable[[Weights], float]
@@ -37,7 +39,7 @@ class Evaluated:
     why: str
 
 
-class Ledger:
+class History:
     """An objective that counts and remembers; asked for the same weights again, it answers from memory.
 
     Args:
@@ -69,11 +71,11 @@ class Ledger:
         """The point of least loss, the first of equals.
 
         Raises:
-            ValueError: no loss was finite.
+            UserError: no loss was finite.
         """
         finite = self.finite
         if not finite:
-            raise ValueError(f"none of the {len(self.evaluated)} evaluated weights has a finite loss")
+            raise UserError(f"none of the {len(self.evaluated)} evaluated weights has a finite loss")
         return min(finite, key=lambda point: point.loss)
 
     @property
@@ -182,7 +184,7 @@ class QuadraticSettings:
         tolerance: stop where the fit was wrong by less than this share of the loss found, or promises less than that.
 
     Raises:
-        ValueError: a value is outside what is said here.
+        UserError: a value is outside what is said here.
     """
 
     low: float = -1.0
@@ -193,14 +195,14 @@ class QuadraticSettings:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low <= 0 < self.high):
-            raise ValueError(f"bounds of weights must hold 0, and more than it; got {self.low} to {self.high}")
+            raise UserError(f"bounds of weights must hold 0, and more than it; got {self.low} to {self.high}")
         if not 0 < self.reach <= self.high:
-            raise ValueError(f"reach must be above 0 and within the bounds, up to {self.high}; got {self.reach}")
+            raise UserError(f"reach must be above 0 and within the bounds, up to {self.high}; got {self.reach}")
         if self.refinements < 1:
-            raise ValueError(f"refinements must be at least 1; got {self.refinements}")
+            raise UserError(f"refinements must be at least 1; got {self.refinements}")
 
 
-def search_quadratic(ledger: Ledger, num_weights: int, settings: QuadraticSettings) -> Quadratic:
+def search_quadratic(history: History, num_weights: int, settings: QuadraticSettings) -> Quadratic:
     """Fit a quadratic, go to its minimiser, and fit again with what was seen there, in a trust region.
 
     An exactly quadratic objective takes `num_coefficients` evaluations and one to confirm. The region, a cube around
@@ -208,24 +210,24 @@ def search_quadratic(ledger: Ledger, num_weights: int, settings: QuadraticSettin
     and doubles after one that gave three quarters.
 
     Returns:
-        The last fit; what is found is ``ledger.best``.
+        The last fit; what is found is ``history.best``.
 
     Raises:
-        ValueError: no loss was finite.
+        UserError: no loss was finite.
     """
     for point in lattice(num_weights, settings.reach):
-        ledger(point, "lattice")
-    model = fit_around(ledger.finite, math.inf)
+        history(point, "lattice")
+    model = fit_around(history.finite, math.inf)
     radius = math.inf
     for _ in range(settings.refinements):
-        best = ledger.best
+        best = history.best
         centre = torch.tensor(best.weights, dtype=torch.double)
         low, high = (centre - radius).clamp(min=settings.low), (centre + radius).clamp(max=settings.high)
         point = minimise_in_box(model, low, high, [best.weights])
         enough = settings.tolerance * abs(best.loss)
-        promised, num_before = best.loss - model(point), len(ledger.evaluated)
-        loss = ledger(point, "minimiser")
-        if len(ledger.evaluated) == num_before or promised < enough or abs(loss - model(point)) < enough:
+        promised, num_before = best.loss - model(point), len(history.evaluated)
+        loss = history(point, "minimiser")
+        if len(history.evaluated) == num_before or promised < enough or abs(loss - model(point)) < enough:
             break
         step = float((torch.tensor(point, dtype=torch.double) - centre).abs().max())
         share = (best.loss - loss) / promised if math.isfinite(loss) else -1.0
@@ -233,14 +235,14 @@ def search_quadratic(ledger: Ledger, num_weights: int, settings: QuadraticSettin
             radius = step / 2
         elif share > _GOOD_STEP:
             radius = 2 * max(step, min(radius, settings.high - settings.low))
-        model = fit_around(ledger.finite, step)
+        model = fit_around(history.finite, step)
     return model
 
 
 def fit_around(points: Sequence[Evaluated], radius: float) -> Quadratic:
     """`fit_quadratic` with importance ``1 / (1 + (d_k / radius)^2)^2`` at distance d_k from the best point."""
     if not points:
-        raise ValueError("no evaluated weights have a finite loss: there is nothing to fit")
+        raise UserError("no evaluated weights have a finite loss: there is nothing to fit")
     best = min(points, key=lambda point: point.loss)
     distances = [math.dist(point.weights, best.weights) for point in points]
     importance = [1 / (1 + (distance / max(radius, 1e-6)) ** 2) ** 2 for distance in distances]

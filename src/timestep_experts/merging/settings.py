@@ -10,6 +10,7 @@ from typing import get_args
 
 from torch import Tensor
 
+from timestep_experts.errors import UserError
 from timestep_experts.merging.methods import Method, mask_seed, merge_dare, merge_linear, merge_ties
 
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -28,7 +29,7 @@ class MergeSettings:
         seed: of DARE's masks; 0 for the others.
 
     Raises:
-        ValueError: a value is outside what is said here.
+        UserError: a value is outside what is said here.
     """
 
     weights: tuple[float, ...]
@@ -39,15 +40,15 @@ class MergeSettings:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"unknown merge method {self.method!r}: allowed are {', '.join(METHODS)}")
+            raise UserError(f"unknown merge method {self.method!r}: allowed are {', '.join(METHODS)}")
         if not 0 < self.density <= 1:
-            raise ValueError(f"density must be above 0 and at most 1; got {self.density}")
+            raise UserError(f"density must be above 0 and at most 1; got {self.density}")
         if self.method == "linear" and self.density != 1:
-            raise ValueError(f"density {self.density} has no meaning for method linear; use ties or dare")
+            raise UserError(f"density {self.density} has no meaning for method linear; use ties or dare")
         if self.method != "dare" and self.seed != 0:
-            raise ValueError(f"seed {self.seed} has no meaning for method {self.method}; only dare draws numbers")
+            raise UserError(f"seed {self.seed} has no meaning for method {self.method}; only dare draws numbers")
         if not self.weights:
-            raise ValueError("merging needs the weight of at least one expert")
+            raise UserError("merging needs the weight of at least one expert")
         _check_weights(self.weights, len(self.weights), "weights")
         for pattern, weights in self.block_weights.items():
             _check_weights(weights, len(self.weights), f"block_weights[{pattern!r}]")
@@ -60,7 +61,7 @@ class MergeSettings:
             names: of all the model's tensors.
 
         Raises:
-            ValueError: a pattern decides no tensor: none matches, or earlier patterns took all that do.
+            UserError: a pattern decides no tensor: none matches, or earlier patterns took all that do.
         """
         patterns = {pattern: _compiled(pattern) for pattern in self.block_weights}
         unused: set[str | None] = set(patterns)
@@ -71,7 +72,7 @@ class MergeSettings:
             chosen[name] = self.weights if first is None else self.block_weights[first]
         if unused:
             idle = ", ".join(repr(pattern) for pattern in patterns if pattern in unused)
-            raise ValueError(
+            raise UserError(
                 f"block_weights: {idle} decides no tensor; a pattern must match a whole name that no earlier one"
                 f" matches, such as {next(iter(chosen), '')!r}"
             )
@@ -97,7 +98,7 @@ def merge_tensor(
         expert_keys: what identifies each expert in DARE's seeds.
 
     Raises:
-        ValueError: the counts or shapes differ, or tensors are complex.
+        UserError: the counts or shapes differ, or tensors are complex.
     """
     if settings.method == "linear":
         return merge_linear(base, experts, weights)
@@ -109,14 +110,14 @@ def merge_tensor(
 
 def _check_weights(weights: Sequence[float], count: int, place: str) -> None:
     if len(weights) != count:
-        raise ValueError(f"{place} has {len(weights)} numbers; there are {count} experts")
+        raise UserError(f"{place} has {len(weights)} numbers; there are {count} experts")
     for weight in weights:
         if not math.isfinite(weight):
-            raise ValueError(f"{place} must be finite numbers; got {weight}")
+            raise UserError(f"{place} must be finite numbers; got {weight}")
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"block_weights: {pattern!r} is no regular expression: {error}") from error
+        raise UserError(f"block_weights: {pattern!r} is no regular expression: {error}") from error

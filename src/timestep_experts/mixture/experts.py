@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from timestep_experts.errors import UserError
 from timestep_experts.mixture.geometry import LayerGeometry
 
 
@@ -32,7 +33,7 @@ class ExpertStack(nn.Module):
             part of the timesteps alone; ``None`` means that all experts are held.
 
     Raises:
-        ValueError: the rank is not a positive multiple of the layer's groups.
+        UserError: the rank is not a positive multiple of the layer's groups.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class ExpertStack(nn.Module):
     ) -> None:
         super().__init__()
         if rank < 1 or rank % geometry.groups:
-            raise ValueError(
+            raise UserError(
                 f"{where}: rank must be a positive multiple of the layer's {geometry.groups} group(s); got {rank}"
             )
         self.rank = rank

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from timestep_experts.errors import UserError
+
 
 @dataclass(frozen=True)
 class LayerGeometry:
@@ -34,7 +36,7 @@ class LayerGeometry:
             where: its name, for the error.
 
         Raises:
-            ValueError: the layer is neither like a linear layer nor like a non-transposed convolution.
+            UserError: the layer is neither like a linear layer nor like a non-transposed convolution.
         """
         attributes: Any = layer
         if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
@@ -50,7 +52,7 @@ class LayerGeometry:
                 tuple(attributes.dilation),
                 attributes.groups,
             )
-        raise ValueError(
+        raise UserError(
             f"{where}: a {type(layer).__name__} cannot carry experts; allowed are linear layers (in_features,"
             " out_features) and non-transposed convolutions (in_channels, kernel_size)"
         )

@@ -25,7 +25,7 @@ class NetworkHook(ABC):
         """Called before the mode changes.
 
         Raises:
-            ValueError: this hook does not allow the mode.
+            UserError: this hook does not allow the mode.
         """
 
     def close(self, network: nn.Module) -> None:  # noqa: B027 - most hooks leave nothing behind

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from timestep_experts.errors import UserError
 from timestep_experts.intervals import Interval
 from timestep_experts.mixture.experts import ExpertStack
 from timestep_experts.mixture.geometry import LayerGeometry
@@ -35,7 +36,7 @@ class MixtureLayer(nn.Module):
             means all timesteps.
 
     Raises:
-        ValueError: the layer cannot carry experts, or a gate per position is wanted and it changes the positions.
+        UserError: the layer cannot carry experts, or a gate per position is wanted and it changes the positions.
     """
 
     def __init__(self, base_layer: nn.Module, state: MixtureState, name: str, owned: Interval | None = None) -> None:
@@ -47,7 +48,7 @@ class MixtureLayer(nn.Module):
         self.dropout = spec.dropout
         self.geometry = LayerGeometry.of(base_layer, name)
         if spec.gate == "token" and spec.gated_scales and not self.geometry.keeps_positions:
-            raise ValueError(
+            raise UserError(
                 f"{name}: a gate per position needs a layer that keeps positions; this {type(base_layer).__name__} has"
                 f" kernel {self.geometry.kernel_size}, stride {self.geometry.stride}, padding {self.geometry.padding}"
             )

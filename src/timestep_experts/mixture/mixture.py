@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from timestep_experts.errors import UserError
 from timestep_experts.intervals import Interval
 from timestep_experts.mixture.fast import FastKernels
 from timestep_experts.mixture.hooks import NetworkHook, TimestepReader, add_hook, hooks_of, remove_hook
@@ -57,7 +58,7 @@ class Mixture(MixtureParameters):
             kernels: the arithmetic of the layers; ``None`` for the fast one.
 
         Raises:
-            ValueError: a network already carries a mixture, a pattern matches nothing, or a match cannot carry experts.
+            UserError: a network already carries a mixture, a pattern matches nothing, or a match cannot carry experts.
         """
         named = _by_name(networks)
         patterns = target_modules if isinstance(target_modules, Mapping) else dict.fromkeys(named, target_modules)
@@ -85,14 +86,14 @@ class Mixture(MixtureParameters):
         """Find the mixture that networks, or deep copies of them, carry.
 
         Raises:
-            ValueError: they carry none.
+            UserError: they carry none.
         """
         named = _by_name(networks)
         modules = (module for network in named.values() for module in network.modules())
         layers = {module.name: module for module in modules if isinstance(module, MixtureLayer)}
         if not layers:
             kinds = ", ".join(type(network).__name__ for network in named.values())
-            raise ValueError(f"this {kinds} carries no mixture of experts")
+            raise UserError(f"this {kinds} carries no mixture of experts")
         return cls(next(iter(layers.values())).state, named, layers)
 
     def detach(self) -> None:
@@ -119,7 +120,7 @@ class Mixture(MixtureParameters):
     @mode.setter
     def mode(self, mode: Mode) -> None:
         if mode not in MODES:
-            raise ValueError(f"unknown mode {mode!r}: allowed are {', '.join(MODES)}")
+            raise UserError(f"unknown mode {mode!r}: allowed are {', '.join(MODES)}")
         for _, hook in self._hooks():
             hook.check_mode(mode)
         self.state.mode = mode

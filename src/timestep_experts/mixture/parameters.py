@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from timestep_experts.errors import UserError
 from timestep_experts.mixture.experts import ExpertStack
 from timestep_experts.mixture.layer import MixtureLayer
 from timestep_experts.mixture.state import MixtureState
@@ -86,7 +87,7 @@ class MixtureParameters:
         """Copy tensors in that `state_dict` gave.
 
         Raises:
-            ValueError: a tensor is missing, unexpected or of another shape; all of them are listed, and nothing is
+            UserError: a tensor is missing, unexpected or of another shape; all of them are listed, and nothing is
                 loaded.
         """
         own = self.state_dict()
@@ -98,7 +99,7 @@ class MixtureParameters:
             if own[key].shape != state[key].shape
         ]
         if problems:
-            raise ValueError("these experts do not fit the model:\n  " + "\n  ".join(sorted(problems)))
+            raise UserError("these experts do not fit the model:\n  " + "\n  ".join(sorted(problems)))
         with torch.no_grad():
             for key, value in own.items():
                 value.copy_(state[key])

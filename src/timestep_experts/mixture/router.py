@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from timestep_experts.errors import UserError
+
 RouterInput = Literal["z_and_t", "z", "t"]
 GateGranularity = Literal["sample", "token"]
 
@@ -63,7 +65,7 @@ class Router(nn.Module):
             gives a smooth table: that many rows at even distances, interpolated linearly.
 
     Raises:
-        ValueError: a smooth table has fewer than 2 knots.
+        UserError: a smooth table has fewer than 2 knots.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         if num_knots is not None and num_knots < 2:
-            raise ValueError(f"a smooth router table needs at least 2 knots; got {num_knots}")
+            raise UserError(f"a smooth router table needs at least 2 knots; got {num_knots}")
         self.granularity = granularity
         rows = num_train_timesteps if num_knots is None else num_knots
         self.F = nn.Parameter(torch.zeros(num_gated, in_features)) if inputs != "t" else None

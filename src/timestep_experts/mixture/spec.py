@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
+from timestep_experts.errors import UserError
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture.router import GateGranularity, RouterInput
 
@@ -27,7 +28,7 @@ class Scale:
             only each other.
 
     Raises:
-        ValueError: the name has other characters, or the rank is below 1.
+        UserError: the name has other characters, or the rank is below 1.
     """
 
     name: str
@@ -39,9 +40,9 @@ class Scale:
 
     def __post_init__(self) -> None:
         if not self.name or not self.name.replace("_", "").replace("-", "").isalnum():
-            raise ValueError(f"a scale's name is made of letters, digits, '_' and '-'; got {self.name!r}")
+            raise UserError(f"a scale's name is made of letters, digits, '_' and '-'; got {self.name!r}")
         if self.rank < 1:
-            raise ValueError(f"scale {self.name!r}: rank must be at least 1; got {self.rank}")
+            raise UserError(f"scale {self.name!r}: rank must be at least 1; got {self.rank}")
 
     @property
     def scaling(self) -> float:
@@ -66,7 +67,7 @@ class MixtureSpec:
         dropout: on the experts' input while training, in [0, 1).
 
     Raises:
-        ValueError: there is no scale, a name is repeated, partitions differ in T, or the dropout lies outside [0, 1).
+        UserError: there is no scale, a name is repeated, partitions differ in T, or the dropout lies outside [0, 1).
     """
 
     scales: tuple[Scale, ...]
@@ -78,9 +79,9 @@ class MixtureSpec:
     def __post_init__(self) -> None:
         names = [scale.name for scale in self.scales]
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"a mixture needs at least one scale and unique scale names; got {names}")
+            raise UserError(f"a mixture needs at least one scale and unique scale names; got {names}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
+            raise UserError(f"dropout must lie in [0, 1); got {self.dropout}")
         _ = self.strata  # partitions of different T fail here
 
     @property
@@ -102,12 +103,12 @@ class MixtureSpec:
         """Find a scale by its name.
 
         Raises:
-            ValueError: there is none of that name.
+            UserError: there is none of that name.
         """
         for scale in self.scales:
             if scale.name == name:
                 return scale
-        raise ValueError(f"no scale {name!r} in this mixture: it has {', '.join(s.name for s in self.scales)}")
+        raise UserError(f"no scale {name!r} in this mixture: it has {', '.join(s.name for s in self.scales)}")
 
     def with_base_gates(self, gate: float) -> MixtureSpec:
         """The same mixture with another base gate on every context scale."""

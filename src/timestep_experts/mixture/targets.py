@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from torch import nn
 
+from timestep_experts.errors import UserError
 from timestep_experts.mixture.geometry import LayerGeometry
 from timestep_experts.mixture.layer import MixtureLayer
 
@@ -46,10 +47,10 @@ def match_all(network: nn.Module, targets: Targets) -> list[str]:
     """`match_targets`, with every reason to refuse.
 
     Raises:
-        ValueError: the network carries a mixture already, or patterns match nothing, with the closest there are.
+        UserError: the network carries a mixture already, or patterns match nothing, with the closest there are.
     """
     if any(isinstance(module, MixtureLayer) for module in network.modules()):
-        raise ValueError(f"this {type(network).__name__} already carries a mixture of experts; detach it first")
+        raise UserError(f"this {type(network).__name__} already carries a mixture of experts; detach it first")
     names = match_targets(network, targets)
     patterns = [targets] if isinstance(targets, str) else list(targets)
     unmatched = patterns if not names else [] if isinstance(targets, str) else _unmatched(names, patterns)
@@ -59,7 +60,7 @@ def match_all(network: nn.Module, targets: Targets) -> list[str]:
     if isinstance(targets, str):
         like = match_targets(network, _closest(network, targets.rpartition(".")[2])[:1])
         lines = [f"\n  as a regular expression it must match a whole name, such as {name}" for name in like[:1]]
-    raise ValueError(f"target modules {unmatched} match no layer of this {type(network).__name__}" + "".join(lines))
+    raise UserError(f"target modules {unmatched} match no layer of this {type(network).__name__}" + "".join(lines))
 
 
 def _unmatched(names: Sequence[str], patterns: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from timestep_experts.models.noise import DiscreteNoise, FlowNoise, NoiseProcess
 from timestep_experts.models.outline import Outline, read_network, read_outline
 from timestep_experts.models.pixart import PixArt, PixArtSigma
 from timestep_experts.models.quantization import Quantization
-from timestep_experts.models.registry import FAMILIES, load_family, sampling_options_of
+from timestep_experts.models.registry import BASE_ASSET, FAMILIES, load_family, resolve_model, sampling_options_of
 from timestep_experts.models.stable_diffusion import StableDiffusion
 from timestep_experts.models.stable_diffusion_3 import StableDiffusion3
 from timestep_experts.models.stable_diffusion_xl import StableDiffusionXL
@@ -15,6 +15,7 @@ from timestep_experts.models.video_crafter import VideoCrafter
 from timestep_experts.models.wan import Wan, owned_intervals
 
 __all__ = [
+    "BASE_ASSET",
     "DDPM",
     "FAMILIES",
     "SECOND_DENOISERS",
@@ -37,6 +38,7 @@ __all__ = [
     "owned_intervals",
     "read_network",
     "read_outline",
+    "resolve_model",
     "sampling_options_of",
     "timestep_scale_of",
 ]

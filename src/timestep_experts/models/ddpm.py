@@ -8,6 +8,7 @@ import torch
 from diffusers import DDPMPipeline
 from torch import Tensor
 
+from timestep_experts.errors import UserError
 from timestep_experts.models.encoding import cast
 from timestep_experts.models.family import Conditioning, Family
 from timestep_experts.models.noise import DiscreteNoise
@@ -42,7 +43,7 @@ class DDPM(Family):
         """``class_labels``, or a column of nothing.
 
         Raises:
-            ValueError: a caption is no class number.
+            UserError: a caption is no class number.
         """
         classes = self.parts.unet.config.num_class_embeds
         if classes is None:
@@ -50,7 +51,7 @@ class DDPM(Family):
         labels = [caption.strip() or "0" for caption in captions]
         wrong = [label for label in labels if not label.isdigit() or int(label) >= classes]
         if wrong:
-            raise ValueError(f"captions of this model are class numbers from 0 to {classes - 1}; got {wrong[0]!r}")
+            raise UserError(f"captions of this model are class numbers from 0 to {classes - 1}; got {wrong[0]!r}")
         return {"class_labels": torch.tensor([int(label) for label in labels])}
 
     def encode_text(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from timestep_experts.errors import UserError
 from timestep_experts.intervals import Interval
 from timestep_experts.mixture import bound_to
 from timestep_experts.models.encoding import cast, encode_posterior_mean, plain_tensors
@@ -77,13 +78,13 @@ class Family(ABC):
         """Load a diffusers folder, a hub id, or a single ``.safetensors`` file.
 
         Raises:
-            ValueError: it cannot be loaded, or not quantised here, or its objective is not this family's.
+            UserError: it cannot be loaded, or not quantised here, or its objective is not this family's.
         """
         kind: Any = cls.pipeline_class
         load = kind.from_single_file if Path(source).suffix == ".safetensors" else kind.from_pretrained
         try:
             if quantization is not None and Path(source).suffix == ".safetensors":
-                raise ValueError(f"base quantization {quantization!r} needs a folder or a hub id, not a single file")
+                raise UserError(f"base quantization {quantization!r} needs a folder or a hub id, not a single file")
             cls._check_files(Path(source))
             options = {**cls.loading_options, **cls._left_out(source)}
             if quantization is not None:
@@ -92,7 +93,7 @@ class Family(ABC):
             check_weights(Path(source), {k: v for k, v in pipeline.components.items() if isinstance(v, nn.Module)})
             pipeline.to(device)
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-            raise ValueError(f"cannot load a {kind.__name__} from {source!r}: {error}") from error
+            raise UserError(f"cannot load a {kind.__name__} from {source!r}: {error}") from error
         return cls(pipeline, source)
 
     @classmethod
@@ -108,13 +109,13 @@ class Family(ABC):
         """A family of networks made elsewhere, or left out; the rest of its pipeline is loaded.
 
         Raises:
-            ValueError: the rest cannot be loaded.
+            UserError: the rest cannot be loaded.
         """
         kind: Any = cls.pipeline_class
         try:
             pipeline = kind.from_pretrained(source, **{**cls.loading_options, **cls._left_out(source), **networks})
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-            raise ValueError(f"cannot load a {kind.__name__} from {source!r}: {error}") from error
+            raise UserError(f"cannot load a {kind.__name__} from {source!r}: {error}") from error
         return cls(pipeline, source)
 
     @classmethod
@@ -201,12 +202,12 @@ class Family(ABC):
         """Tokens of the long text encoder, fewer or more than the family's default.
 
         Raises:
-            ValueError: it is not positive, or the family has no such encoder.
+            UserError: it is not positive, or the family has no such encoder.
         """
         if self.max_sequence_length is None:
-            raise ValueError(f"{self.source}: a {type(self.parts).__name__} takes no max_sequence_length")
+            raise UserError(f"{self.source}: a {type(self.parts).__name__} takes no max_sequence_length")
         if max_sequence_length < 1:
-            raise ValueError(f"max_sequence_length must be positive; got {max_sequence_length}")
+            raise UserError(f"max_sequence_length must be positive; got {max_sequence_length}")
         self.max_sequence_length = max_sequence_length
 
     def pipeline(self) -> Any:
@@ -217,10 +218,10 @@ class Family(ABC):
         """The same base around another denoiser, all else shared; this one keeps its own.
 
         Raises:
-            ValueError: the base shares out its timesteps among several denoisers.
+            UserError: the base shares out its timesteps among several denoisers.
         """
         if len(self.denoisers) > 1:
-            raise ValueError(f"{self.source} has several denoisers ({', '.join(self.denoisers)}); one is needed")
+            raise UserError(f"{self.source} has several denoisers ({', '.join(self.denoisers)}); one is needed")
         twin = copy(self)
         twin.parts = copy(self.parts)
         setattr(twin.parts, self.denoiser_name, denoiser)

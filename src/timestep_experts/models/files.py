@@ -11,6 +11,8 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from timestep_experts.errors import UserError
+
 _WEIGHTS = ("*.safetensors", "*.bin")
 _CONFIGS = ("config.json", "scheduler_config.json", "preprocessor_config.json")
 _PARTS_OF_STABLE_DIFFUSION = ("model.diffusion_model.", "cond_stage_model.", "first_stage_model.")
@@ -35,7 +37,7 @@ def check_folder(folder: Path, pipeline_class: Any, needed: Iterable[str], unuse
         unused: parts that are not loaded, so that they may be missing.
 
     Raises:
-        ValueError: naming the part, what is there and what is expected.
+        UserError: naming the part, what is there and what is expected.
     """
     index = {name: value for name, value in pipeline_class.load_config(folder).items() if isinstance(value, list)}
     listed = {name: kind for name, (library, kind) in index.items() if library is not None}
@@ -43,30 +45,30 @@ def check_folder(folder: Path, pipeline_class: Any, needed: Iterable[str], unuse
     lacking, strange = sorted(set(needed) - index.keys()), sorted(listed.keys() - set(known))
     if lacking or strange:
         said = [f"lists no {', '.join(lacking)}"] * bool(lacking) + [f"lists {', '.join(strange)}"] * bool(strange)
-        raise ValueError(f"model_index.json {' and '.join(said)}; a {pipeline_class.__name__} has {', '.join(known)}")
+        raise UserError(f"model_index.json {' and '.join(said)}; a {pipeline_class.__name__} has {', '.join(known)}")
     for name in listed.keys() - set(unused):
         _check_part(folder / name, listed[name])
 
 
 def _check_part(folder: Path, kind: str) -> None:
     if not folder.is_dir():
-        raise ValueError(f"model_index.json lists a {kind}, but there is no folder {folder}")
+        raise UserError(f"model_index.json lists a {kind}, but there is no folder {folder}")
     found = [path for name in _CONFIGS if (path := folder / name).is_file()]
     if not found and "Tokenizer" in kind:
         return
     if not found:
-        raise ValueError(f"{folder} has no configuration of its {kind}; expected {' or '.join(_CONFIGS)}")
+        raise UserError(f"{folder} has no configuration of its {kind}; expected {' or '.join(_CONFIGS)}")
     try:
         config = json.loads(found[0].read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{found[0]} is no readable JSON: {error}") from error
+        raise UserError(f"{found[0]} is no readable JSON: {error}") from error
     if found[0].name != "config.json":
         return
     holds = _other_class(config, kind)
     if holds:
-        raise ValueError(f"{folder} holds a {holds}; model_index.json says {kind}")
+        raise UserError(f"{folder} holds a {holds}; model_index.json says {kind}")
     if not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
-        raise ValueError(f"{folder} has no weights of its {kind}; expected {' or '.join(_WEIGHTS)}")
+        raise UserError(f"{folder} has no weights of its {kind}; expected {' or '.join(_WEIGHTS)}")
 
 
 def _other_class(config: Mapping[str, Any], kind: str) -> str | None:
@@ -89,13 +91,13 @@ def check_weights(folder: Path, networks: Mapping[str, nn.Module]) -> None:
         networks: as loaded from there, by name. Files may put prefixes before names or leave them out.
 
     Raises:
-        ValueError: naming the first few of them.
+        UserError: naming the first few of them.
     """
     for name, module in networks.items():
         missing = _missing(folder / name, module)
         if missing:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-            raise ValueError(f"{folder / name} lacks {len(missing)} parameters of its {type(module).__name__}: {shown}")
+            raise UserError(f"{folder / name} lacks {len(missing)} parameters of its {type(module).__name__}: {shown}")
 
 
 def _missing(folder: Path, module: nn.Module) -> list[str]:
@@ -119,17 +121,17 @@ def check_single_file(path: Path) -> None:
     """Refuse a ``.safetensors`` file that is no whole Stable Diffusion 1.x or 2.x.
 
     Raises:
-        ValueError: saying what it seems to be.
+        UserError: saying what it seems to be.
     """
     try:
         keys = _keys(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"it is no readable safetensors file: {error}") from error
+        raise UserError(f"it is no readable safetensors file: {error}") from error
     if all(any(key.startswith(part) for key in keys) for part in _PARTS_OF_STABLE_DIFFUSION):
         return
     guess = next((what for mark, what in _TELLTALES.items() if any(mark in key for key in keys)), None)
     holds = guess or ", ".join(keys[:3]) or "nothing"
-    raise ValueError(
+    raise UserError(
         f"it seems to hold {holds}; a single file must be a whole Stable Diffusion 1.x or 2.x, with tensors under"
         f" {', '.join(_PARTS_OF_STABLE_DIFFUSION)}; any other base must be a folder in the diffusers layout"
     )

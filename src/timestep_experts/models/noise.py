@@ -10,6 +10,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from timestep_experts.errors import UserError
 from timestep_experts.intervals import LogitNormalDensity, TimestepDensity, UniformDensity
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -60,7 +61,7 @@ class DiscreteNoise:
         signal_scale: ``(T,)``, s_t; ``None`` is 1 everywhere.
 
     Raises:
-        ValueError: it predicts something else than noise or velocity.
+        UserError: it predicts something else than noise or velocity.
     """
 
     def __init__(self, scheduler: DDPMScheduler, source: str, signal_scale: Tensor | None = None) -> None:
@@ -68,7 +69,7 @@ class DiscreteNoise:
         self.signal_scale = signal_scale
         prediction = self.scheduler.config["prediction_type"]
         if prediction not in PREDICTIONS:
-            raise ValueError(f"{source}: prediction_type is {prediction!r}; allowed are {', '.join(PREDICTIONS)}")
+            raise UserError(f"{source}: prediction_type is {prediction!r}; allowed are {', '.join(PREDICTIONS)}")
 
     @property
     def num_train_timesteps(self) -> int:
@@ -145,11 +146,11 @@ class FlowNoise:
             num_tokens: image tokens of a picture of the base's default size; a dynamic shift is the one for them.
 
         Raises:
-            ValueError: the scheduler is not of a flow model.
+            UserError: the scheduler is not of a flow model.
         """
         config = scheduler.config
         if "shift" not in config:
-            raise ValueError(
+            raise UserError(
                 f"{source}: a {type(scheduler).__name__} is no scheduler of a flow model;"
                 " allowed are FlowMatchEulerDiscreteScheduler and others that have a shift"
             )

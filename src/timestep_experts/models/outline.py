@@ -11,6 +11,7 @@ import transformers
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from timestep_experts.errors import UserError
 from timestep_experts.intervals import Interval
 from timestep_experts.models.family import SECOND_DENOISERS, Family
 from timestep_experts.models.quantization import quantised_names
@@ -60,7 +61,7 @@ class Outline:
             with_second_denoiser: keep the further denoiser of a base that has two.
 
         Raises:
-            ValueError: what is loaded is missing or unreadable.
+            UserError: what is loaded is missing or unreadable.
         """
         left_out = {} if with_second_denoiser else {name: None for name in SECOND_DENOISERS if name in self.denoisers}
         return self.family.around(self.source, {**self._networks(), **left_out})
@@ -76,7 +77,7 @@ def read_outline(source: str) -> Outline:
         source: a diffusers folder or a hub id.
 
     Raises:
-        ValueError: a configuration is missing or unreadable, or the pipeline is of no known family.
+        UserError: a configuration is missing or unreadable, or the pipeline is of no known family.
     """
     try:
         index = DiffusionPipeline.load_config(source)
@@ -90,7 +91,7 @@ def read_outline(source: str) -> Outline:
         networks = {n: _empty(source, n, *index[n]) for n in sorted(names) if n in index and index[n][1]}
         scheduler = _scheduler(source, index)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"cannot load a pipeline from {source!r}: {error}") from error
+        raise UserError(f"cannot load a pipeline from {source!r}: {error}") from error
     total = int(scheduler.config["num_train_timesteps"])
     return Outline(
         family=family,
@@ -108,7 +109,7 @@ def read_network(folder: str) -> nn.Module:
     """One network of diffusers on the meta device, by the ``config.json`` of its own folder.
 
     Raises:
-        ValueError: there is none, or it is of an unknown class.
+        UserError: there is none, or it is of an unknown class.
     """
     try:
         config = diffusers.UNet2DConditionModel.load_config(folder)  # any class's reads any config
@@ -116,7 +117,7 @@ def read_network(folder: str) -> nn.Module:
             module: nn.Module = getattr(diffusers, config["_class_name"]).from_config(config)
         return module
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
+        raise UserError(
             f"cannot read a network from {folder!r}: its config.json must name its class: {error}"
         ) from error
 

@@ -12,6 +12,8 @@ import transformers
 from diffusers import PipelineQuantizationConfig
 from torch import nn
 
+from timestep_experts.errors import UserError
+
 Quantization: TypeAlias = Literal["bitsandbytes-8bit", "bitsandbytes-4bit", "torchao-int8"]
 
 BYTES_PER_WEIGHT: Mapping[Quantization, float] = {
@@ -45,16 +47,16 @@ def quantization_config(
         device: that the parts are for.
 
     Raises:
-        ValueError: the package is not installed, or cannot quantise on this device.
+        UserError: the package is not installed, or cannot quantise on this device.
     """
     package = kind.partition("-")[0]
     if importlib.util.find_spec(package) is None:
-        raise ValueError(
+        raise UserError(
             f"base quantization {kind!r} needs {package}, which is not installed:"
             f" pip install 'timestep-experts[{package}]'"
         )
     if package == "bitsandbytes" and device.type == "cpu":
-        raise ValueError(f"base quantization {kind!r} needs an accelerator; on a CPU, torchao-int8 is allowed")
+        raise UserError(f"base quantization {kind!r} needs an accelerator; on a CPU, torchao-int8 is allowed")
     libraries: dict[str, Any] = {"diffusers": diffusers, "transformers": transformers}
     return PipelineQuantizationConfig(
         quant_mapping={name: _config(kind, libraries[library], dtype) for name, library in names.items()}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from timestep_experts.errors import UserError
 from timestep_experts.models.ddpm import DDPM
 from timestep_experts.models.family import Family
 from timestep_experts.models.flux import Flux
@@ -19,6 +20,7 @@ from timestep_experts.models.stable_diffusion_3 import StableDiffusion3
 from timestep_experts.models.stable_diffusion_xl import StableDiffusionXL
 from timestep_experts.models.video_crafter import VideoCrafter
 from timestep_experts.models.wan import Wan
+from timestep_experts.world.judge import ASSETS
 
 FAMILIES: dict[str, type[Family]] = {
     "StableDiffusionPipeline": StableDiffusion,
@@ -35,6 +37,15 @@ FAMILIES: dict[str, type[Family]] = {
 """The family of each pipeline, by the ``_class_name`` in a folder's ``model_index.json``."""
 
 
+BASE_ASSET = "world/base"
+"""The name of the base that ships with the package."""
+
+
+def resolve_model(source: str) -> str:
+    """The folder of the shipped base for `BASE_ASSET`; anything else as it is, with the home folder written out."""
+    return str(ASSETS / "base") if source == BASE_ASSET else str(Path(source).expanduser())
+
+
 def load_family(
     source: str, device: torch.device, dtype: torch.dtype = torch.float32, quantization: Quantization | None = None
 ) -> Family:
@@ -47,7 +58,7 @@ def load_family(
         quantization: of the denoisers and of T5s; ``None`` keeps them in ``dtype``.
 
     Raises:
-        ValueError: it is no pipeline or none of `FAMILIES`, or it cannot be loaded.
+        UserError: it is no pipeline or none of `FAMILIES`, or it cannot be loaded.
     """
     if Path(source).suffix == ".safetensors":
         return StableDiffusion.load(source, device, dtype, quantization)
@@ -55,11 +66,11 @@ def load_family(
     try:
         name = DiffusionPipeline.load_config(source)["_class_name"]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(
+        raise UserError(
             f"cannot load a pipeline from {source!r}: it has no readable model_index.json; {supported}: {error}"
         ) from error
     if name not in FAMILIES:
-        raise ValueError(f"cannot load a pipeline from {source!r}: its model_index.json names {name!r}; {supported}")
+        raise UserError(f"cannot load a pipeline from {source!r}: its model_index.json names {name!r}; {supported}")
     return FAMILIES[name].load(source, device, dtype, quantization)
 
 

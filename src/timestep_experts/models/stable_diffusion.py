@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
+from timestep_experts.errors import UserError
 from timestep_experts.models.encoding import cast, token_ids
 from timestep_experts.models.family import Family
 from timestep_experts.models.noise import DiscreteNoise
@@ -21,7 +22,7 @@ class StableDiffusion(Family):
         source: where it was loaded from.
 
     Raises:
-        ValueError: the UNet attends to features of another width than the text encoder gives, as that of SDXL would.
+        UserError: the UNet attends to features of another width than the text encoder gives, as that of SDXL would.
     """
 
     pipeline_class = StableDiffusionPipeline
@@ -33,7 +34,7 @@ class StableDiffusion(Family):
             return
         wanted, given = parts.unet.config.cross_attention_dim, parts.text_encoder.config.hidden_size
         if wanted != given:
-            raise ValueError(
+            raise UserError(
                 f"{source}: its UNet attends to text features of width {wanted}, its text encoder gives {given};"
                 " they are not of one Stable Diffusion"
             )

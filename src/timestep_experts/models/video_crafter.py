@@ -20,6 +20,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from timestep_experts.errors import UserError
 from timestep_experts.models.encoding import cast, encode_posterior_mean, token_ids
 from timestep_experts.models.family import Family
 from timestep_experts.models.noise import DiscreteNoise, per_sample
@@ -63,10 +64,10 @@ class ScaledSignalDDIMScheduler(DDIMScheduler):  # type: ignore[misc]
         """See `DDIMScheduler.step`.
 
         Raises:
-            ValueError: the scheduler is configured to clip or threshold pixels, which latents are not.
+            UserError: the scheduler is configured to clip or threshold pixels, which latents are not.
         """
         if self.config.clip_sample or self.config.thresholding:
-            raise ValueError("ScaledSignalDDIMScheduler steps latents; set clip_sample and thresholding to False")
+            raise UserError("ScaledSignalDDIMScheduler steps latents; set clip_sample and thresholding to False")
         previous, scaled = super().step(
             model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict=False
         )
@@ -139,10 +140,10 @@ def fold_fps(unet: FpsUNet3DConditionModel, fps: float) -> UNet3DConditionModel:
         A plain UNet3DConditionModel that shares the other weights.
 
     Raises:
-        ValueError: the network is quantised.
+        UserError: the network is quantised.
     """
     if is_quantised(unet):
-        raise ValueError(f"a quantised {type(unet).__name__} cannot be folded; fold it before, in fp32 or bf16")
+        raise UserError(f"a quantised {type(unet).__name__} cannot be folded; fold it before, in fp32 or bf16")
     bias = "time_embedding.linear_2.bias"
     state = {name: value for name, value in unet.state_dict().items() if not name.startswith("fps_embedding.")}
     state[bias] = state[bias] + unet.embed_fps(torch.tensor([fps], device=state[bias].device))[0]
@@ -195,7 +196,7 @@ class VideoCrafter(Family):
         fps: the frame rate that a `FpsUNet3DConditionModel` is told; ``None`` leaves it as it is (`FPS` at first).
 
     Raises:
-        ValueError: ``fps`` is given, but the denoiser has no fps embedding.
+        UserError: ``fps`` is given, but the denoiser has no fps embedding.
     """
 
     pipeline_class = TextToVideoSDPipeline
@@ -203,7 +204,7 @@ class VideoCrafter(Family):
 
     def __init__(self, parts: Any, source: str = "a pipeline in memory", fps: float | None = None) -> None:
         if fps is not None and not isinstance(parts.unet, FpsUNet3DConditionModel):
-            raise ValueError(f"{source}: a {type(parts.unet).__name__} takes no fps; got {fps}")
+            raise UserError(f"{source}: a {type(parts.unet).__name__} takes no fps; got {fps}")
         if fps is not None:
             parts.unet.fps = fps
         super().__init__(parts, source)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from timestep_experts.errors import UserError
 from timestep_experts.formats.video_crafter import PREFIX, to_diffusers
 from timestep_experts.models.video_crafter import FPS, LEAST_SIGNAL, FpsUNet3DConditionModel, fold_fps
 
@@ -33,15 +34,15 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """All tensors of a ``.ckpt`` (read without running code from it) or ``.safetensors`` file.
 
     Raises:
-        ValueError: it is missing, unreadable, or not VideoCrafter2's.
+        UserError: it is missing, unreadable, or not VideoCrafter2's.
     """
     try:
         state: dict[str, Tensor] = load_single_file_checkpoint(str(path))
     except (OSError, ValueError, SafetensorError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from error
+        raise UserError(f"cannot read {path}: {error}") from error
     for prefix in (PREFIX, _AUTOENCODER, _TEXT_ENCODER):
         if not any(key.startswith(prefix) for key in state):
-            raise ValueError(f"{path} is no checkpoint of VideoCrafter2: it has no tensor under {prefix!r}")
+            raise UserError(f"{path} is no checkpoint of VideoCrafter2: it has no tensor under {prefix!r}")
     return state
 
 
@@ -65,7 +66,7 @@ def convert_checkpoint(
         text_encoder: the same of CLIPTextConfig.
 
     Raises:
-        ValueError: a tensor is missing, of another shape, or has no place.
+        UserError: a tensor is missing, of another shape, or has no place.
     """
     tokenizer.pad_token = _PADDING
     unet = FpsUNet3DConditionModel(**(denoiser or {}))
@@ -100,10 +101,10 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     try:
         missing, unexpected = module.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"the {name} of this checkpoint does not fit VideoCrafter2's: {error}") from error
+        raise UserError(f"the {name} of this checkpoint does not fit VideoCrafter2's: {error}") from error
     missing = [key for key in missing if not key.endswith(_POSITIONS)]
     if missing or unexpected:
-        raise ValueError(
+        raise UserError(
             f"the {name} of this checkpoint does not fit VideoCrafter2's: it lacks {len(missing)} tensors"
             f" {missing[:3]} and has {len(unexpected)} others {unexpected[:3]}"
         )

@@ -13,6 +13,7 @@ from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 
+from timestep_experts.errors import UserError
 from timestep_experts.intervals import Interval, LogitNormalDensity
 from timestep_experts.models.encoding import token_ids
 from timestep_experts.models.family import Conditioning, Family
@@ -50,13 +51,13 @@ class Wan(Family):
         """The scheduler's T and flow shift.
 
         Raises:
-            ValueError: the scheduler is not of a flow model.
+            UserError: the scheduler is not of a flow model.
         """
         scheduler = self.parts.scheduler
         config = scheduler.config
         name = "flow_shift" if config.get("use_flow_sigmas") else "shift"
         if name not in config or config.get("use_dynamic_shifting"):
-            raise ValueError(
+            raise UserError(
                 f"{self.source}: a {type(scheduler).__name__} without a fixed flow shift; allowed are"
                 " FlowMatchEulerDiscreteScheduler and multistep schedulers with use_flow_sigmas"
             )
@@ -69,14 +70,14 @@ class Wan(Family):
         """Clips ``(B, 3, F, H, W)`` to normalised posterior means ``(B, c, (F - 1) / 4 + 1, h, w)``, fp32.
 
         Raises:
-            ValueError: F - 1, H or W are no multiples of what the autoencoder and the patches shrink them by.
+            UserError: F - 1, H or W are no multiples of what the autoencoder and the patches shrink them by.
         """
         vae = self.parts.vae
         temporal, spatial = self.parts.vae_scale_factor_temporal, self.parts.vae_scale_factor_spatial
         _, rows, columns = self.parts.transformer.config.patch_size
         frames, height, width = pixels.shape[-3:]
         if (frames - 1) % temporal or height % (spatial * rows) or width % (spatial * columns):
-            raise ValueError(
+            raise UserError(
                 f"{self.source}: clips of {frames} frames of {width} x {height} pixels do not fit; a number of frames"
                 f" less 1 must divide by {temporal}, a width by {spatial * columns}, a height by {spatial * rows}"
             )
@@ -122,13 +123,13 @@ def owned_intervals(pipeline: Any) -> dict[str, Interval]:
     The denoiser of high noise also owns t = T.
 
     Raises:
-        ValueError: there are two, but the pipeline names no boundary between 0 and 1.
+        UserError: there are two, but the pipeline names no boundary between 0 and 1.
     """
     if getattr(pipeline, "transformer_2", None) is None:
         return {}
     ratio = pipeline.config.get("boundary_ratio")
     if ratio is None or not 0 < ratio < 1:
-        raise ValueError(f"two transformers need a boundary_ratio between 0 and 1; this pipeline's is {ratio}")
+        raise UserError(f"two transformers need a boundary_ratio between 0 and 1; this pipeline's is {ratio}")
     return split_at(ratio, int(pipeline.scheduler.config.num_train_timesteps))
 
 

@@ -7,6 +7,8 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from timestep_experts.errors import UserError
+
 SnrWeighting: TypeAlias = Literal["none", "snr_plus_one", "truncated", "min_snr", "p2"]
 SNR_WEIGHTINGS: tuple[SnrWeighting, ...] = get_args(SnrWeighting)
 
@@ -29,7 +31,7 @@ def noise_loss_weight(weighting: SnrWeighting, snr: Tensor) -> Tensor:
         float64, of the same shape.
 
     Raises:
-        ValueError: there is no such weighting.
+        UserError: there is no such weighting.
     """
     snr = snr.double().clamp(min=_LEAST_SNR)
     if weighting == "none":
@@ -42,7 +44,7 @@ def noise_loss_weight(weighting: SnrWeighting, snr: Tensor) -> Tensor:
         return snr.clamp(max=MIN_SNR_GAMMA) / snr
     if weighting == "p2":
         return 1 / (1 + snr)
-    raise ValueError(f"unknown weighting {weighting!r}: allowed are {', '.join(SNR_WEIGHTINGS)}")
+    raise UserError(f"unknown weighting {weighting!r}: allowed are {', '.join(SNR_WEIGHTINGS)}")
 
 
 def loss_weight(weighting: SnrWeighting, snr: Tensor, error_ratio: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ def loss_weight(weighting: SnrWeighting, snr: Tensor, error_ratio: Tensor) -> Te
         float64, of the same shape.
 
     Raises:
-        ValueError: there is no such weighting.
+        UserError: there is no such weighting.
     """
     weights = noise_loss_weight(weighting, snr)
     return weights if weighting == "none" else weights / error_ratio.double().square()

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
+from timestep_experts.errors import UserError
 from timestep_experts.evaluation import GateMap, Result
 from timestep_experts.report.labels import Style, line_styles, short_names, spread
 from timestep_experts.report.table import BASE_ARM
@@ -63,11 +64,11 @@ def loss_per_timestep(results: Sequence[Result], reference: str) -> str:
         reference: label of the row that the others are divided by, bin by bin.
 
     Raises:
-        ValueError: no row of that label.
+        UserError: no row of that label.
     """
     rows = {result.label: result for result in results}
     if reference not in rows:
-        raise ValueError(f"no row {reference!r} to compare with: there are {', '.join(map(repr, rows))}")
+        raise UserError(f"no row {reference!r} to compare with: there are {', '.join(map(repr, rows))}")
     styles = line_styles(list(rows), BASE_ARM)
     losses = {label: np.asarray(row.curve.loss, float) for label, row in rows.items()}
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -61,7 +61,7 @@ def write_report(path: Path, content: ReportContent) -> None:
     """Write the report atomically.
 
     Raises:
-        ValueError: an unknown reference, or interval losses that do not fit the intervals.
+        UserError: an unknown reference, or interval losses that do not fit the intervals.
     """
     loader = FileSystemLoader(Path(__file__).parent)
     jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from timestep_experts.errors import UserError
 from timestep_experts.formats.atomic import atomic_path
 
 MIN_SIDE, MAX_SIDE = 160, 512
@@ -32,14 +33,14 @@ def save_sheet(path: Path, pictures: NDArray[np.uint8], captions: Sequence[str],
         columns: pictures per row.
 
     Raises:
-        ValueError: no pictures, another shape, another number of captions, or fewer than one column.
+        UserError: no pictures, another shape, another number of captions, or fewer than one column.
     """
     if pictures.ndim != 4 or pictures.shape[-1] != 3 or not len(pictures):
-        raise ValueError(f"a sheet needs pictures of shape (N, H, W, 3) with N >= 1; got {pictures.shape}")
+        raise UserError(f"a sheet needs pictures of shape (N, H, W, 3) with N >= 1; got {pictures.shape}")
     if len(captions) != len(pictures):
-        raise ValueError(f"a sheet needs one caption per picture; got {len(captions)} for {len(pictures)} pictures")
+        raise UserError(f"a sheet needs one caption per picture; got {len(captions)} for {len(pictures)} pictures")
     if columns < 1:
-        raise ValueError(f"a sheet needs at least 1 column; got {columns}")
+        raise UserError(f"a sheet needs at least 1 column; got {columns}")
     sheet = _compose([resize_to_view(picture) for picture in pictures], captions, min(columns, len(pictures)))
     with atomic_path(path) as draft:
         sheet.save(draft, format="PNG")

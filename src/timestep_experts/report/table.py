@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from timestep_experts.errors import UserError
 from timestep_experts.evaluation import Result
 from timestep_experts.intervals import Interval
 
@@ -103,7 +104,7 @@ def results_rows(results: Sequence[Result], intervals: Sequence[Interval]) -> li
         ``num_images_seen`` and ``seconds``. ``None``: not measured.
 
     Raises:
-        ValueError: a result has not as many interval losses as there are intervals.
+        UserError: a result has not as many interval losses as there are intervals.
     """
     return [_row(result, intervals) for result in results]
 
@@ -136,7 +137,7 @@ def interval_table(results: Sequence[Result], intervals: Sequence[Interval]) -> 
 
 def _row(result: Result, intervals: Sequence[Interval]) -> Row:
     if len(result.interval_losses) != len(intervals):
-        raise ValueError(
+        raise UserError(
             f"result {result.label!r} has {len(result.interval_losses)} interval losses;"
             f" {len(intervals)} intervals are reported"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from timestep_experts.errors import UserError
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture
 from timestep_experts.training.batches import BatchPlan
@@ -36,7 +37,7 @@ def assemble(mixture: Mixture, settings: AssembleSettings) -> Stage:
     """The stage that assembles a fostered mixture.
 
     Raises:
-        ValueError: no scale is gated, so there is nothing to learn.
+        UserError: no scale is gated, so there is nothing to learn.
     """
     learners = router_learners(mixture, settings)
     whole = Partition.uniform(1, mixture.spec.num_train_timesteps)
@@ -52,7 +53,7 @@ def router_learners(mixture: Mixture, settings: AssembleSettings) -> list[Learne
     """The routers' maps F and tables E, each at its own rate.
 
     Raises:
-        ValueError: no scale is gated, so there is nothing to learn.
+        UserError: no scale is gated, so there is nothing to learn.
     """
     maps, tables = mixture.router_parameters()
     kinds = [("router.F", maps, settings.learning_rate), ("router.E", tables, settings.table_learning_rate)]
@@ -62,5 +63,5 @@ def router_learners(mixture: Mixture, settings: AssembleSettings) -> list[Learne
         if parameters
     ]
     if not learners:
-        raise ValueError("nothing to assemble: no scale of this mixture is a gated context")
+        raise UserError("nothing to assemble: no scale of this mixture is a gated context")
     return learners

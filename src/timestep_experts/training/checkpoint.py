@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from timestep_experts.errors import UserError
 from timestep_experts.formats.atomic import atomic_path, write_json, write_tensors
 
 _STATE, _EXPERTS, _OPTIMISER = "state.json", "experts.safetensors", "optimizer.safetensors"
@@ -59,7 +60,7 @@ def load_latest_checkpoint(
         Its step and experts, or ``None`` if there is no checkpoint.
 
     Raises:
-        ValueError: the checkpoint belongs to another run; names what differs.
+        UserError: the checkpoint belongs to another run; names what differs.
     """
     found = _checkpoints(folder)
     if not found:
@@ -74,7 +75,7 @@ def require_same_identity(stored: Mapping[str, Any], wanted: Mapping[str, Any], 
     """Refuse to mix two runs in one folder.
 
     Raises:
-        ValueError: naming every setting that differs.
+        UserError: naming every setting that differs.
     """
     wanted = json.loads(json.dumps(wanted))
     different = [
@@ -83,7 +84,7 @@ def require_same_identity(stored: Mapping[str, Any], wanted: Mapping[str, Any], 
         if stored.get(key) != wanted.get(key)
     ]
     if different:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds a run with other settings; choose another output_dir or delete that folder:"
             + "".join(different)
         )

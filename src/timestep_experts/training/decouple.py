@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from timestep_experts.data import EncodedPictures
+from timestep_experts.errors import UserError
 from timestep_experts.intervals import Interval, Partition, draw_timesteps, mirror_timesteps
 from timestep_experts.merging import Placement
 from timestep_experts.models import Family, NoiseProcess
@@ -205,7 +206,7 @@ def decouple(base: Family, settings: DecoupleSettings, index: int) -> Decoupled:
         index: of the range, from 0 at low noise.
 
     Raises:
-        ValueError: there is no such range; the ranges do not cover the base's timesteps, or one of them holds no whole
+        UserError: there is no such range; the ranges do not cover the base's timesteps, or one of them holds no whole
             timestep; the base has several denoisers; or see `FullCopy`.
     """
     interval = check_range(settings.partition, index, base.noise)
@@ -250,18 +251,18 @@ def check_range(partition: Partition, index: int, noise: NoiseProcess) -> Interv
     """The range of that index.
 
     Raises:
-        ValueError: there is none, the ranges do not end at T, or it holds no whole timestep where t is whole.
+        UserError: there is none, the ranges do not end at T, or it holds no whole timestep where t is whole.
     """
     if not 0 <= index < len(partition):
-        raise ValueError(f"there is no range {index}: this recipe has {len(partition)}, from 0 to {len(partition) - 1}")
+        raise UserError(f"there is no range {index}: this recipe has {len(partition)}, from 0 to {len(partition) - 1}")
     if partition.num_train_timesteps != noise.num_train_timesteps:
-        raise ValueError(
+        raise UserError(
             f"the ranges end at {partition.num_train_timesteps:g}; this base model has {noise.num_train_timesteps}"
             " timesteps"
         )
     interval = partition[index]
     if noise.has_integer_timesteps and math.ceil(interval.lo) >= math.ceil(interval.hi):
-        raise ValueError(f"range {index}, {interval}, contains no whole timestep to train on")
+        raise UserError(f"range {index}, {interval}, contains no whole timestep to train on")
     return interval
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from timestep_experts.errors import UserError
 from timestep_experts.mixture import Mixture, Scale
 from timestep_experts.models import Family
 from timestep_experts.training.assemble import AssembleSettings, router_learners
@@ -103,14 +104,14 @@ class Distilled:
         """Undo `state_dict`.
 
         Raises:
-            ValueError: names or shapes differ; nothing is loaded then.
+            UserError: names or shapes differ; nothing is loaded then.
         """
         own = self.state_dict()
         wrong = sorted(
             n for n in {*own, *tensors} if n not in own or n not in tensors or own[n].shape != tensors[n].shape
         )
         if wrong:
-            raise ValueError("these tensors of a distillation do not fit the model:\n  " + "\n  ".join(wrong))
+            raise UserError("these tensors of a distillation do not fit the model:\n  " + "\n  ".join(wrong))
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(tensors[name])
@@ -145,7 +146,7 @@ def distill(mixture: Mixture, family: Family, settings: DistillSettings) -> list
     """The stages that distil a base into the experts of a mixture, to be run in this order.
 
     Raises:
-        ValueError: the base cannot be distilled (`Generator`), or an expert would have no step of the generator.
+        UserError: the base cannot be distilled (`Generator`), or an expert would have no step of the generator.
     """
     maker = _StageMaker(mixture, family, settings)
     return [
@@ -163,7 +164,7 @@ def distill_router(
     The fake score begins as the base again, for it now follows a generator of all steps.
 
     Raises:
-        ValueError: no scale is gated, or the base cannot be distilled.
+        UserError: no scale is gated, or the base cannot be distilled.
     """
     return _StageMaker(mixture, family, settings).router_stage(assembling)
 
@@ -183,7 +184,7 @@ class _StageMaker:
         self.generator = Generator(self.family, self.settings.timesteps)
         if len(self.mixture.networks) > 1:
             others = [name for name in self.mixture.networks if name != self.family.denoiser_name]
-            raise ValueError(
+            raise UserError(
                 f"distillation trains experts of the denoiser alone, and {', '.join(others)} carry some too"
             )
         self.fake = trainable_copy(self.family, self.mixture)
@@ -199,7 +200,7 @@ class _StageMaker:
         expert = f"{scale.name}.{index}"
         owned = tuple(k for k, t in enumerate(self.settings.timesteps) if scale.partition.index_of(t) == index)
         if not owned:
-            raise ValueError(
+            raise UserError(
                 f"expert {expert} of {scale.partition[index]} would never be used: none of the generator's timesteps"
                 f" {list(self.settings.timesteps)} lies there; every interval needs one"
             )

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from timestep_experts.errors import UserError
 from timestep_experts.training.stage import Stage
 
 _NEVER = torch.iinfo(torch.int64).max
@@ -41,7 +42,7 @@ class FiniteWatch:
         """Look at what was noted.
 
         Raises:
-            ValueError: something was not finite; names the stage, the step, the interval and the experts.
+            UserError: something was not finite; names the stage, the step, the interval and the experts.
         """
         lines = [
             f"the loss of {interval}, of {', '.join(self.stage.learners_of(interval))}, since step {step + 1}"
@@ -54,7 +55,7 @@ class FiniteWatch:
             if step != _NEVER
         ]
         if lines:
-            raise ValueError(
+            raise UserError(
                 f"stage {self.stage.name!r} stopped, for these are not finite:\n  " + "\n  ".join(lines) + "\n"
                 f"Nothing was saved since; {self._newest_checkpoint()}. A lower learning rate, a smaller max_grad_norm,"
                 " a base in fp32 or bf16, or other training data may help"

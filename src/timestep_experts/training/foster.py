@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from timestep_experts.errors import UserError
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, Scale
 from timestep_experts.training.batches import BatchPlan
@@ -51,7 +52,7 @@ def foster(mixture: Mixture, settings: FosterSettings) -> list[Stage]:
     """The stages that foster a mixture, to be run in this order.
 
     Raises:
-        ValueError: ``coarse_to_fine`` on scales that do not nest or differ in rank.
+        UserError: ``coarse_to_fine`` on scales that do not nest or differ in rank.
     """
     scales = sorted(mixture.spec.scales, key=lambda scale: len(scale.partition))
     if settings.method == "joint":
@@ -107,7 +108,7 @@ def _experts(
 def _require_nesting(scales: Sequence[Scale]) -> None:
     for coarse, fine in pairwise(scales):
         if coarse.rank != fine.rank or coarse.alpha != fine.alpha or not coarse.partition.coarsens(fine.partition):
-            raise ValueError(
+            raise UserError(
                 f"coarse_to_fine copies scale {coarse.name!r} into {fine.name!r}: they need the same rank and alpha,"
                 f" and nested intervals; got rank {coarse.rank} and {fine.rank}, alpha {coarse.alpha:g} and"
                 f" {fine.alpha:g}, intervals {coarse.partition} and {fine.partition}"

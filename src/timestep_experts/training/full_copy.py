@@ -10,6 +10,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from timestep_experts.errors import UserError
 from timestep_experts.merging import Placement, Projections, find_places
 from timestep_experts.training.ema import MovingAverage
 
@@ -28,7 +29,7 @@ class FullCopy:
         extra: modules that learn beside it without being part of the expert, by name; they are not averaged.
 
     Raises:
-        ValueError: the expression is none or matches no parameter, or projections do not fit the denoiser.
+        UserError: the expression is none or matches no parameter, or projections do not fit the denoiser.
     """
 
     def __init__(
@@ -65,12 +66,12 @@ class FullCopy:
         """Undo `state_dict`.
 
         Raises:
-            ValueError: the names differ.
+            UserError: the names differ.
         """
         own = self.state_dict()
         if own.keys() != tensors.keys():
             some = ", ".join(sorted(own.keys() ^ tensors.keys())[:3])
-            raise ValueError(f"a checkpoint of other parameters than what is trained: they differ in {some}")
+            raise UserError(f"a checkpoint of other parameters than what is trained: they differ in {some}")
         for name, value in own.items():
             value.copy_(tensors[name])
 
@@ -99,7 +100,7 @@ def matching_names(denoiser: nn.Module, trainable: str | None) -> list[str]:
     """The parameters whose full names a regular expression matches; all of them for ``None``.
 
     Raises:
-        ValueError: it is no regular expression, or matches none.
+        UserError: it is no regular expression, or matches none.
     """
     names = [name for name, _ in denoiser.named_parameters()]
     if trainable is None:
@@ -107,9 +108,9 @@ def matching_names(denoiser: nn.Module, trainable: str | None) -> list[str]:
     try:
         found = [name for name in names if re.fullmatch(trainable, name)]
     except re.error as error:
-        raise ValueError(f"trainable: {trainable!r} is no regular expression: {error}") from error
+        raise UserError(f"trainable: {trainable!r} is no regular expression: {error}") from error
     if not found:
-        raise ValueError(
+        raise UserError(
             f"trainable: {trainable!r} matches no parameter of this {type(denoiser).__name__}; it must match a whole"
             f" name, such as {names[0]!r}"
         )

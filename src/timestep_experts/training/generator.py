@@ -12,6 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from timestep_experts.errors import UserError
 from timestep_experts.mixture import Mixture
 from timestep_experts.models import Family
 from timestep_experts.models.family import Conditioning
@@ -31,7 +32,7 @@ class Generator:
         timesteps: t of each step, descending.
 
     Raises:
-        ValueError: the base cannot be distilled, or the timesteps do not descend within [1, T).
+        UserError: the base cannot be distilled, or the timesteps do not descend within [1, T).
     """
 
     family: Family
@@ -41,7 +42,7 @@ class Generator:
         require_distillable(self.family)
         t, total = self.timesteps, self.family.noise.num_train_timesteps
         if not t or any(a <= b for a, b in pairwise(t)) or t[0] >= total or t[-1] < 1:
-            raise ValueError(
+            raise UserError(
                 f"the timesteps of a generator must descend from at most {total - 1} to at least 1; got {list(t)}"
             )
 
@@ -93,24 +94,24 @@ def require_distillable(family: Family) -> None:
     """Refuse a base that this distillation is not for.
 
     Raises:
-        ValueError: it does not predict noise, its denoiser is no UNet2DConditionModel with a middle block, or it is
+        UserError: it does not predict noise, its denoiser is no UNet2DConditionModel with a middle block, or it is
             quantised.
     """
     denoiser: Any = family.denoiser
     if not isinstance(denoiser, UNet2DConditionModel) or denoiser.mid_block is None:
-        raise ValueError(
+        raise UserError(
             f"{family.source}: a {type(denoiser).__name__} cannot be distilled; allowed are bases with a"
             " UNet2DConditionModel that has a middle block, such as Stable Diffusion 1.x, 2.x-base and XL"
         )
     scheduler = getattr(family.noise, "scheduler", None)
     prediction = None if scheduler is None else scheduler.config["prediction_type"]
     if prediction != "epsilon":
-        raise ValueError(
+        raise UserError(
             f"{family.source}: its prediction_type is {prediction or 'a flow'!r}; only bases that predict noise"
             " ('epsilon') can be distilled"
         )
     if is_quantised(denoiser):
-        raise ValueError(f"{family.source}: a quantised base cannot be distilled, for its copy is trained")
+        raise UserError(f"{family.source}: a quantised base cannot be distilled, for its copy is trained")
 
 
 def alphas_at(family: Family, t: Tensor) -> Tensor:

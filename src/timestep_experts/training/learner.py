@@ -10,6 +10,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
+from timestep_experts.errors import UserError
 from timestep_experts.intervals import Interval
 
 
@@ -43,7 +44,7 @@ class Learner:
 
     def __post_init__(self) -> None:
         if self.max_train_steps < 1 or self.learning_rate <= 0:
-            raise ValueError(
+            raise UserError(
                 f"{self.name}: steps and learning rate must be positive;"
                 f" got {self.max_train_steps} and {self.learning_rate}"
             )
@@ -78,12 +79,12 @@ def learning_rate_factor(name: str, num_warmup_steps: int, num_training_steps: i
     """A diffusers learning-rate schedule as a pure function of the step, so nothing of it needs to be saved.
 
     Raises:
-        ValueError: diffusers knows no schedule of that name.
+        UserError: diffusers knows no schedule of that name.
     """
     unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     try:
         schedule = get_scheduler(name, unused, num_warmup_steps=num_warmup_steps, num_training_steps=num_training_steps)
     except ValueError as error:
-        raise ValueError(f"lr_scheduler: {error}") from error
+        raise UserError(f"lr_scheduler: {error}") from error
     factor: Callable[[int], float] = schedule.lr_lambdas[0]
     return factor

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from timestep_experts.data import EncodedPictures
+from timestep_experts.errors import UserError
 from timestep_experts.formats.atomic import write_json, write_tensors
 from timestep_experts.models import Family
 from timestep_experts.training.batches import Batch, generator_for
@@ -75,7 +76,7 @@ def run_stage(
         observe: called every ``validation_steps`` and at the end.
 
     Raises:
-        ValueError: the folder holds another run, captions are to be dropped where there is no empty one, or a loss or
+        UserError: the folder holds another run, captions are to be dropped where there is no empty one, or a loss or
             gradient is not finite; the last checkpoint is kept then.
     """
     _require_empty_caption(stage.plan, family)
@@ -193,7 +194,7 @@ class _Stepper:
 
 def _require_empty_caption(plan: Plan, family: Family) -> None:
     if plan.caption_dropout and not family.has_empty_caption:
-        raise ValueError(
+        raise UserError(
             f"{family.source}: every caption of this model is a class, so none can be dropped; caption_dropout must be"
             f" 0, got {plan.caption_dropout:g}"
         )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timestep_experts.errors import UserError
 from timestep_experts.training.checkpoint import flatten_optimiser_state
 from timestep_experts.training.learner import Learner
 
@@ -44,7 +45,7 @@ class OptimiserSettings:
         """One parameter group per learner.
 
         Raises:
-            ValueError: see `make_optimiser`.
+            UserError: see `make_optimiser`.
         """
         return make_optimiser(self.name, self.options, [learner.parameter_group for learner in learners])
 
@@ -53,14 +54,14 @@ def make_optimiser(name: str, options: Mapping[str, Any], groups: Sequence[Mappi
     """An optimiser over parameter groups with rates of their own; the fused implementation where there is one.
 
     Raises:
-        ValueError: its library is not installed, no such optimiser, or it does not take one of the options.
+        UserError: its library is not installed, no such optimiser, or it does not take one of the options.
     """
     kind = find_optimiser(name)
     accepted = inspect.signature(kind).parameters
     given = dict.fromkeys([*options, *(key for group in groups for key in group if key != "params" and key != "lr")])
     unknown = [option for option in given if option not in accepted]
     if unknown:
-        raise ValueError(f"{name} takes no {', '.join(unknown)}; it takes {', '.join(accepted)}")
+        raise UserError(f"{name} takes no {', '.join(unknown)}; it takes {', '.join(accepted)}")
     chosen = dict(options)
     if "fused" in accepted:
         chosen.setdefault("fused", True)
@@ -69,7 +70,7 @@ def make_optimiser(name: str, options: Mapping[str, Any], groups: Sequence[Mappi
     try:
         optimiser: torch.optim.Optimizer = kind([dict(group) for group in groups], **chosen)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"{name} cannot be made with {dict(options)}: {error}") from error
+        raise UserError(f"{name} cannot be made with {dict(options)}: {error}") from error
     return optimiser
 
 
@@ -77,14 +78,14 @@ def find_optimiser(name: str) -> Any:
     """The class of an optimiser.
 
     Raises:
-        ValueError: its library is unknown or not installed, or has no such optimiser; names the nearest ones.
+        UserError: its library is unknown or not installed, or has no such optimiser; names the nearest ones.
     """
     library, _, own_name = name.rpartition(".")
     if library not in ("", *LIBRARIES):
         allowed = ", ".join(f"{known}.<class>" for known in LIBRARIES)
-        raise ValueError(f"no optimiser {name!r}: a name is a class of torch.optim, or {allowed}")
+        raise UserError(f"no optimiser {name!r}: a name is a class of torch.optim, or {allowed}")
     if library and importlib.util.find_spec(library) is None:
-        raise ValueError(f"{name} needs {library}, which is not installed: pip install 'timestep-experts[{library}]'")
+        raise UserError(f"{name} needs {library}, which is not installed: pip install 'timestep-experts[{library}]'")
     found = optimisers_of(library).get(own_name)
     if found is not None:
         return found
@@ -92,7 +93,7 @@ def find_optimiser(name: str) -> Any:
     nearest = difflib.get_close_matches(own_name, set(known.values()), 1)
     same = sorted(full for full, kind in known.items() if kind in nearest)
     hint = f"; the nearest are {', '.join(same)}" if same else ""
-    raise ValueError(f"{library or 'torch.optim'} has no optimiser {own_name!r}{hint}")
+    raise UserError(f"{library or 'torch.optim'} has no optimiser {own_name!r}{hint}")
 
 
 def optimisers_of(library: str) -> dict[str, Any]:
@@ -117,7 +118,7 @@ def state_bytes(name: str, options: Mapping[str, Any], shapes: Iterable[Sequence
     leaves of less than ``min_8bit_size`` values) counts in full.
 
     Raises:
-        ValueError: see `make_optimiser`.
+        UserError: see `make_optimiser`.
     """
     counts = Counter(tuple(shape) for shape in shapes)
     return sum(count * _state_of_one(name, options, shape) for shape, count in counts.items())

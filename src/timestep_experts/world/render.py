@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from timestep_experts.errors import UserError
 from timestep_experts.world.scenes import Scene, SceneObject
 
 Array = NDArray[np.floating]
@@ -42,10 +43,10 @@ def render(scenes: Sequence[Scene], domain: str, *, seed: int, resolution: int =
         ``(N, resolution, resolution, 3)`` uint8, RGB.
 
     Raises:
-        ValueError: an unknown domain.
+        UserError: an unknown domain.
     """
     if domain not in DOMAINS:
-        raise ValueError(f"unknown domain {domain!r}: allowed are {', '.join(DOMAINS)}")
+        raise UserError(f"unknown domain {domain!r}: allowed are {', '.join(DOMAINS)}")
     pictures = [
         _render_one(scene, domain, np.random.default_rng((seed, index)), resolution)
         for index, scene in enumerate(scenes)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from timestep_experts.errors import UserError
+
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple")
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
 TEXTURES = ("plain", "striped", "dotted", "checkered")
@@ -64,20 +66,20 @@ def parse_caption(caption: str) -> Scene:
     """Read a caption back into its scene.
 
     Raises:
-        ValueError: the text is not a caption of this world.
+        UserError: the text is not a caption of this world.
     """
     for relation in RELATIONS:
         left, found, right = caption.partition(f" {relation} ")
         if found:
             return Scene(_parse_object(left, caption), relation, _parse_object(right, caption))
-    raise ValueError(f"not a caption of the embedded world: {caption!r} names none of the relations {RELATIONS}")
+    raise UserError(f"not a caption of the embedded world: {caption!r} names none of the relations {RELATIONS}")
 
 
 def _parse_object(text: str, caption: str) -> SceneObject:
     words = text.split()
     known = len(words) == 4 and words[1] in COLOURS and words[2] in TEXTURES and words[3] in SHAPES
     if not known:
-        raise ValueError(
+        raise UserError(
             f"not a caption of the embedded world: {text!r} in {caption!r} should read"
             f" 'a <colour> <texture> <shape>' with colour in {COLOURS}, texture in {TEXTURES}, shape in {SHAPES}"
         )

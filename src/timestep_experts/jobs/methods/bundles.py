@@ -10,6 +10,7 @@ from pathlib import Path
 from timestep_experts.build import RunContext
 from timestep_experts.config import Recipe, Variant
 from timestep_experts.data import MediaSettings
+from timestep_experts.errors import UserError
 from timestep_experts.formats import Bundle, SamplingDefaults, load_bundle, save_bundle, tool_versions
 from timestep_experts.inference import SampleSettings, attach, detach
 from timestep_experts.jobs.methods.base import training_cost
@@ -116,11 +117,11 @@ def bundle_file(variant: str, paths: VariantPaths) -> Path:
     """The tensors of a variant's bundle.
 
     Raises:
-        ValueError: there are none.
+        UserError: there are none.
     """
     file = paths.bundle / "mixture.safetensors"
     if not file.is_file():
-        raise ValueError(f"variant {variant!r} is not trained yet: there is no {file}")
+        raise UserError(f"variant {variant!r} is not trained yet: there is no {file}")
     return file
 
 
@@ -128,10 +129,10 @@ def require_merged(variant: str, paths: VariantPaths) -> None:
     """Refuse a variant that is not merged.
 
     Raises:
-        ValueError: there is nothing merged.
+        UserError: there is nothing merged.
     """
     if not paths.merged.is_dir():
-        raise ValueError(f"variant {variant!r} is not merged yet: the command run does that")
+        raise UserError(f"variant {variant!r} is not merged yet: the command run does that")
 
 
 @contextmanager

@@ -84,7 +84,7 @@ class Decoupling:
             The copy's folder, and the names of projections that are not in its weights.
 
         Raises:
-            ValueError: see `training.decouple` and `run_stage`.
+            UserError: see `training.decouple` and `run_stage`.
         """
         family = context.family
         settings = self.settings(family.noise.num_train_timesteps)
@@ -276,7 +276,7 @@ def copy_files(paths: VariantPaths) -> list[Path]:
     """The weights of all copies, from low to high noise.
 
     Raises:
-        ValueError: a range has none yet.
+        UserError: a range has none yet.
     """
     folders, _, _ = find_experts(paths.copies)
     return [file for folder in folders for file in Checkpoint(folder).files]

@@ -21,6 +21,7 @@ from timestep_experts.build import (
     build_targets,
 )
 from timestep_experts.config import AssembleConfig, DistillConfig, OptimizerConfig, Recipe, Variant
+from timestep_experts.errors import UserError
 from timestep_experts.intervals import Partition
 from timestep_experts.jobs.methods.bundles import expert_candidates, write_bundle
 from timestep_experts.jobs.methods.protocol import Candidate
@@ -65,7 +66,7 @@ class Distilling:
             Whether all experts are there.
 
         Raises:
-            ValueError: there is no such expert, its inputs come from experts that are not there yet, or the base cannot
+            UserError: there is no such expert, its inputs come from experts that are not there yet, or the base cannot
                 be distilled.
         """
         mixture = build_mixture(self.recipe, self.config, context.family)
@@ -83,7 +84,7 @@ class Distilling:
         """Train the routers of distilled experts and write their bundle, for routing.
 
         Raises:
-            ValueError: the experts are not distilled, or there is nothing to assemble.
+            UserError: the experts are not distilled, or there is nothing to assemble.
         """
         config = self._assemble_config()
         mixture = build_mixture(self.recipe, self.config, context.family)
@@ -91,7 +92,7 @@ class Distilling:
             settings = self._settings(context.family)
             stages = distill(mixture, context.family, settings)
             if missing := self._unfinished(stages):
-                raise ValueError(
+                raise UserError(
                     f"variant {self.variant.name!r} is not distilled yet ({', '.join(missing)} missing in"
                     f" {self.paths.folder})"
                 )
@@ -105,7 +106,7 @@ class Distilling:
 
     def _assemble_config(self) -> AssembleConfig:
         if self.config.assemble is None:
-            raise ValueError("recipe.method.assemble is null: this recipe has no second stage")
+            raise UserError("recipe.method.assemble is null: this recipe has no second stage")
         return self.config.assemble
 
     def _settings(self, family: Family) -> DistillSettings:
@@ -132,7 +133,7 @@ class Distilling:
         names = [other.expert for other in stages]
         earlier = [other for other in stages[: names.index(item.expert)] if other.expert.rpartition(".")[0] == scale]
         if missing := self._unfinished(earlier):
-            raise ValueError(
+            raise UserError(
                 f"expert {item.expert} learns from what the experts before it generate, and {', '.join(missing)} is"
                 f" missing in {self.paths.folder}; distil those first, or set method.inputs to real"
             )
@@ -229,5 +230,5 @@ def _chosen(stages: Iterable[DistillStage], experts: Sequence[str]) -> set[str]:
     known = dict.fromkeys(item.expert for item in stages)
     for name in experts:
         if name not in known:
-            raise ValueError(f"there is no expert {name}; this variant has {', '.join(known)}")
+            raise UserError(f"there is no expert {name}; this variant has {', '.join(known)}")
     return set(experts or known)

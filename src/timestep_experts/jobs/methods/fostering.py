@@ -19,6 +19,7 @@ from timestep_experts.build import (
     build_targets,
 )
 from timestep_experts.config import AssembleConfig, FosterConfig, OptimizerConfig, Recipe, Variant
+from timestep_experts.errors import UserError
 from timestep_experts.intervals import Partition
 from timestep_experts.jobs.methods.bundles import expert_candidates, write_bundle
 from timestep_experts.jobs.methods.merging import merge_experts
@@ -79,7 +80,7 @@ class Fostering:
         """Stage 2: train the routers of fostered experts and write their bundle, for routing.
 
         Raises:
-            ValueError: the experts are not fostered, or there is nothing to assemble.
+            UserError: the experts are not fostered, or there is nothing to assemble.
         """
         config = self._assemble_config()
         mixture = build_mixture(self.recipe, self.config, context.family)
@@ -87,7 +88,7 @@ class Fostering:
             settings = build_foster_settings(self.recipe, self.config, context.family.text_encoders)
             folders = [self.paths.stage(stage.name) for stage in foster(mixture, settings)]
             if missing := [folder.name for folder in folders if not (folder / RESULT).is_file()]:
-                raise ValueError(
+                raise UserError(
                     f"variant {self.variant.name!r} is not fostered yet ({', '.join(missing)} missing in"
                     f" {self.paths.folder})"
                 )
@@ -100,7 +101,7 @@ class Fostering:
 
     def _assemble_config(self) -> AssembleConfig:
         if self.config.assemble is None:
-            raise ValueError("recipe.method.assemble is null: this recipe has no second stage")
+            raise UserError("recipe.method.assemble is null: this recipe has no second stage")
         return self.config.assemble
 
     def _foster(self, mixture: Mixture, context: RunContext) -> None:

@@ -11,22 +11,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from timestep_experts.build import RunContext, build_loss_settings, resolve_model
+from timestep_experts.build import RunContext, build_loss_settings
 from timestep_experts.config import MergeConfig, Recipe, Variant
-from timestep_experts.evaluation.merges import Trial
+from timestep_experts.errors import UserError
+from timestep_experts.evaluation.merges import MergeSplit
 from timestep_experts.formats.atomic import atomic_path, write_json
 from timestep_experts.formats.checkpoints import Checkpoint, file_sha256, weights_sha256
 from timestep_experts.formats.experts import find_experts
 from timestep_experts.formats.model_folders import find_weights
 from timestep_experts.intervals import Partition
-from timestep_experts.jobs.inputs import hash_inputs
-from timestep_experts.jobs.lora import LoraSettings, write_merged
-from timestep_experts.jobs.merge import merge
 from timestep_experts.jobs.paths import VariantPaths
-from timestep_experts.jobs.search import describe_merge, search_copies, write_search
-from timestep_experts.jobs.search_methods import SearchSettings
 from timestep_experts.merging import QuadraticSettings, WeightGroups
-from timestep_experts.models import Family
+from timestep_experts.models import Family, resolve_model
+from timestep_experts.weights.inputs import hash_inputs
+from timestep_experts.weights.lora import LoraSettings, write_merged
+from timestep_experts.weights.merge import merge
+from timestep_experts.weights.search import describe_merge, search_copies, write_search
+from timestep_experts.weights.search_methods import SearchSettings
 
 _FINGERPRINT = "fingerprint.json"
 
@@ -50,16 +51,16 @@ def merge_experts(
         partition_of: the intervals by which losses are reported, given T.
 
     Raises:
-        ValueError: the experts are not trained.
+        UserError: the experts are not trained.
     """
     config = variant.merge
     if config is None:
         return
 
-    def write(draft: Path, trial: Trial, search: SearchSettings) -> None:
+    def write(draft: Path, split: MergeSplit, search: SearchSettings) -> None:
         assert config.rank is not None  # the recipe was checked
         lora = LoraSettings(config.rank, model=recipe.pretrained_model_name_or_path, with_bundle=True)
-        write_merged(paths.bundle, draft, lora, lambda: trial, search)
+        write_merged(paths.bundle, draft, lora, lambda: split, search)
 
     experts = [paths.bundle / "mixture.safetensors"]
     _merge_once(recipe, config, paths, context, partition_of(_total(context)), experts, write)
@@ -75,25 +76,30 @@ def merge_copies(
     """Merge a variant's full copies into one; see `merge_experts`.
 
     Raises:
-        ValueError: a copy is not trained, or the base has no weights to merge into.
+        UserError: a copy is not trained, or the base has no weights to merge into.
     """
     config = variant.merge
     if config is None:
         return
     folders, _, _ = find_experts(paths.copies)
 
-    def write(draft: Path, trial: Trial, search: SearchSettings) -> None:
-        base = base_weights(recipe, trial.family)
+    def write(draft: Path, split: MergeSplit, search: SearchSettings) -> None:
+        base = base_weights(recipe, split.family)
         if base is None:
-            raise ValueError(
+            raise UserError(
                 f"recipe.pretrained_model_name_or_path: {recipe.pretrained_model_name_or_path} has no folder of"
                 " .safetensors to merge into; convert it to one"
             )
         hashed, *experts = hash_inputs([Checkpoint(folder) for folder in (base, *folders)])
-        groups = WeightGroups.of(len(experts), trial.family.denoiser.state_dict(), {})
-        found, bench = search_copies(trial, experts, groups, search)
+        groups = WeightGroups.of(len(experts), split.family.denoiser.state_dict(), {})
+        found, bench = search_copies(split, experts, groups, search)
         merge(base, draft, folders, groups.settings(found.found.weights))
-        write_search(draft / "search.json", found, bench, describe_merge(recipe, hashed, experts, groups, found))
+        write_search(
+            draft / "search.json",
+            found,
+            bench,
+            describe_merge(recipe.pretrained_model_name_or_path, hashed, experts, groups, found),
+        )
 
     files = [file for folder in folders for file in Checkpoint(folder).files]
     _merge_once(recipe, config, paths, context, partition_of(_total(context)), files, write)
@@ -110,7 +116,7 @@ def _merge_once(
     context: RunContext,
     partition: Partition,
     experts: Iterable[Path],
-    write: Callable[[Path, Trial, SearchSettings], None],
+    write: Callable[[Path, MergeSplit, SearchSettings], None],
 ) -> None:
     """Write the merged folder, unless the one that is there is of the same experts and settings."""
     deciding = _fingerprint(recipe, config, experts, context, partition)
@@ -123,11 +129,11 @@ def _merge_once(
         num_pictures=config.num_pictures,
     )
     # Weights are chosen on training pictures; what is confirmed on validation pictures is for the search's own table.
-    trial = Trial(context.family, context.train, context.validation, settings)
+    split = MergeSplit(context.family, context.train, context.validation, settings)
     quadratic = QuadraticSettings(refinements=config.refinements)
     search = SearchSettings(config.method, config.objective, quadratic, config.grid, config.budget, recipe.seed)
     with atomic_path(paths.merged) as draft:
-        write(draft, trial, search)
+        write(draft, split, search)
         write_json(draft / _FINGERPRINT, deciding)
 
 

@@ -50,7 +50,7 @@ class Candidate(Protocol):
         """See that it can be measured.
 
         Raises:
-            ValueError: it is not trained, or not merged.
+            UserError: it is not trained, or not merged.
         """
         ...
 
@@ -81,7 +81,7 @@ class Method(Protocol):
             with_memory: estimate memory too, which takes seconds per stage.
 
         Raises:
-            ValueError: the base has no readable configuration, or what is asked does not fit it.
+            UserError: the base has no readable configuration, or what is asked does not fit it.
         """
         ...
 

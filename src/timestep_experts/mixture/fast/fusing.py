@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from timestep_experts.errors import UserError
 from timestep_experts.mixture.experts import ExpertStack
 from timestep_experts.mixture.hooks import NetworkHook, TimestepReader, add_hook, hooks_of, remove_hook
 from timestep_experts.mixture.layer import MixtureLayer
@@ -33,14 +34,14 @@ def fuse(mixture: Mixture) -> None:
     that take no timestep (text encoders) stay as they are. If the experts are fused already, nothing happens.
 
     Raises:
-        ValueError: the mode is not ``switch``, no network takes a timestep, or experts cannot be added to a weight
+        UserError: the mode is not ``switch``, no network takes a timestep, or experts cannot be added to a weight
             (because it is quantised, or offloaded layer by layer); nothing is fused then.
     """
     if mixture.mode != "switch":
-        raise ValueError(f"only experts that are switched can be fused into the weights; the mode is {mixture.mode!r}")
+        raise UserError(f"only experts that are switched can be fused into the weights; the mode is {mixture.mode!r}")
     names = [name for name, network in mixture.networks.items() if _takes_timestep(network)]
     if not names:
-        raise ValueError("no network of this mixture takes a timestep, by which fused experts would be exchanged")
+        raise UserError("no network of this mixture takes a timestep, by which fused experts would be exchanged")
     if is_fused(mixture):
         return
     made = {name: FusedExperts(mixture.networks[name], mixture.layers_of(name), mixture.state) for name in names}
@@ -93,7 +94,7 @@ class FusedExperts(NetworkHook):
         state: of the mixture.
 
     Raises:
-        ValueError: experts cannot be added to the weight of a layer; nothing is changed then.
+        UserError: experts cannot be added to the weight of a layer; nothing is changed then.
     """
 
     def __init__(self, network: nn.Module, layers: Sequence[MixtureLayer], state: MixtureState) -> None:
@@ -118,13 +119,13 @@ class FusedExperts(NetworkHook):
         """Put the experts that own the call's timesteps into the weights, or none if they have different owners.
 
         Raises:
-            ValueError: gradients are enabled, or dropout is: both belong to the experts, which are in the weights.
+            UserError: gradients are enabled, or dropout is: both belong to the experts, which are in the weights.
         """
         if self.state.mode == "off":
             self.hold({})
             return
         if torch.is_grad_enabled() or any(layer.training and layer.dropout for layer in self._carriers):
-            raise ValueError(
+            raise UserError(
                 "fused experts are for inference: call the denoiser under torch.no_grad() and in evaluation mode, or"
                 " unfuse them first (unfuse)"
             )
@@ -140,7 +141,7 @@ class FusedExperts(NetworkHook):
     def check_mode(self, mode: Mode) -> None:
         """Refuse every mode but ``off`` and ``switch``."""
         if mode not in ("off", "switch"):
-            raise ValueError(f"fused experts can be switched, or off; for mode {mode!r} unfuse them first")
+            raise UserError(f"fused experts can be switched, or off; for mode {mode!r} unfuse them first")
 
     def close(self, network: nn.Module) -> None:  # noqa: ARG002 - its layers are known
         """Put W0 back, to the byte, and drop the copies."""
@@ -155,7 +156,7 @@ class FusedExperts(NetworkHook):
         Nothing is done where the weights hold them already and no expert has changed since.
 
         Raises:
-            ValueError: experts can no longer be added to a weight.
+            UserError: experts can no longer be added to a weight.
         """
         versions = self._read_versions()
         if owners == self._held and (not owners or versions == self._versions):
@@ -214,12 +215,12 @@ def _require_plain_weight(layer: MixtureLayer) -> None:
     base, weight = layer.base_layer, getattr(layer.base_layer, "weight", None)
     if not isinstance(base, _CARRIERS) or type(weight) is not nn.Parameter or weight.dtype not in _DTYPES:
         held = "no weight" if not isinstance(weight, Tensor) else f"a {type(weight).__name__} of {weight.dtype}"
-        raise ValueError(
+        raise UserError(
             f"{layer.name}: experts cannot be fused into this {type(base).__name__}, which has {held}; allowed are"
             " linear layers and convolutions with plain floating-point weights. Over a quantised base, switch unfused"
         )
     if weight.is_meta:
-        raise ValueError(
+        raise UserError(
             f"{layer.name}: experts cannot be fused into a weight that is on the meta device; offload whole models,"
             " not layer by layer, or switch unfused"
         )

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from timestep_experts.errors import UserError
 from timestep_experts.formats.experts import PROJECTIONS, WEIGHTS, StoredProjections, read_projections
 from timestep_experts.merging import MergeSettings, Place, fold, folded_layers, merge_tensor, unfold
 
 
 @dataclass(frozen=True)
-class Factors:
+class ProjectionMerge:
     """The projections of all experts; an expert without them has identities.
 
     Args:
@@ -67,7 +68,7 @@ class Factors:
 
     def merge_projections(
         self, weights: Mapping[str, tuple[float, ...]], settings: MergeSettings, keys: Sequence[str]
-    ) -> Factors:
+    ) -> ProjectionMerge:
         """The same with the result's projections; their base is the identity.
 
         Args:
@@ -83,10 +84,10 @@ class Factors:
             ordered = sorted(rows, key=lambda row: (row[0], row[2]))
             tensors, own = (tensor for _, tensor, _ in ordered), [weight for _, _, weight in ordered]
             merged[name] = merge_tensor(name, zero, tensors, own, settings, [key for key, _, _ in ordered])
-        return Factors(self.places, self.deltas, merged)
+        return ProjectionMerge(self.places, self.deltas, merged)
 
 
-def read_factors(base: Path, experts: Sequence[Path], *, has_folder: bool) -> Factors | None:
+def read_projection_merge(base: Path, experts: Sequence[Path], *, has_folder: bool) -> ProjectionMerge | None:
     """The projections of experts; ``None`` if none has any.
 
     Args:
@@ -95,24 +96,24 @@ def read_factors(base: Path, experts: Sequence[Path], *, has_folder: bool) -> Fa
         has_folder: whether the result is a folder, which can hold projections beside its weights.
 
     Raises:
-        ValueError: the base has projections; they sit at different places; or some fold nowhere, and the result would
+        UserError: the base has projections; they sit at different places; or some fold nowhere, and the result would
             be a single file.
     """
     if (base / PROJECTIONS).is_file():
-        raise ValueError(f"{base / PROJECTIONS}: a base with projections beside its weights cannot be merged into")
+        raise UserError(f"{base / PROJECTIONS}: a base with projections beside its weights cannot be merged into")
     stored = [_read(expert) for expert in experts]
     found = [item for item in stored if item is not None]
     if not found:
         return None
     if any(item.places != found[0].places for item in found):
-        raise ValueError("the experts have projections at different places, so they cannot be merged apart")
+        raise UserError("the experts have projections at different places, so they cannot be merged apart")
     if found[0].kept and not has_folder:
         names = ", ".join(place.module for place in found[0].kept)
-        raise ValueError(
+        raise UserError(
             f"the projections behind {names} fold into no layer and stay beside the weights, so the base and the"
             " output must be folders, not single files"
         )
-    return Factors(found[0].places, tuple({} if item is None else item.deltas for item in stored), {})
+    return ProjectionMerge(found[0].places, tuple({} if item is None else item.deltas for item in stored), {})
 
 
 def _read(place: Path) -> StoredProjections | None:

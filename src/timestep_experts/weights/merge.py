@@ -13,14 +13,16 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from timestep_experts import __version__
+from timestep_experts.errors import UserError
+from timestep_experts.formats import tool_versions
 from timestep_experts.formats.atomic import atomic_path, write_json
 from timestep_experts.formats.checkpoints import Checkpoint, TensorInfo, write_streamed
+from timestep_experts.formats.dtypes import parse_dtype
 from timestep_experts.formats.experts import BASE_KEY, PROJECTIONS, write_projections
 from timestep_experts.formats.model_folders import copy_around, find_weights, write_index
-from timestep_experts.jobs.factors import Factors, read_factors
-from timestep_experts.jobs.inputs import MergeInput, check_descent, finite_tensor, hash_inputs, is_finite, some
 from timestep_experts.merging import METHODS, MergeSettings, merge_tensor
+from timestep_experts.weights.inputs import MergeInput, check_descent, finite_tensor, hash_inputs, is_finite, some
+from timestep_experts.weights.projections import ProjectionMerge, read_projection_merge
 
 MERGE_KEY = "timestep_experts_merge"
 """Metadata of merged weights: the record of the merge, as JSON."""
@@ -28,7 +30,6 @@ MERGE_KEY = "timestep_experts_merge"
 SEARCH_FORMAT = "timestep-experts/search"
 """Of the files that `read_search` reads."""
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _RECORD = "merge.json"
 
 
@@ -75,18 +76,18 @@ def merge(
         expert_hashes: SHA-256 of the experts that the weights are for, in their order; ``None``: not checked.
 
     Raises:
-        ValueError: an input cannot be read, they do not fit each other, a tensor is not finite, or the output exists.
+        UserError: an input cannot be read, they do not fit each other, a tensor is not finite, or the output exists.
     """
     places = [find_weights(path, component) for path in (base, *experts)]
     record_path, chosen = _record_path(base, output), _dtype_of(dtype)
     if component is not None and places == [base, *experts]:
-        raise ValueError(f"component {component!r} was given, but no input is a pipeline's folder")
+        raise UserError(f"component {component!r} was given, but no input is a pipeline's folder")
     checkpoints = [Checkpoint(place) for place in places]
     if len(settings.weights) != len(experts):
-        raise ValueError(f"there are {len(settings.weights)} weights for {len(experts)} experts")
+        raise UserError(f"there are {len(settings.weights)} weights for {len(experts)} experts")
     for expert in checkpoints[1:]:
         check_fit(checkpoints[0], expert)
-    factors = read_factors(places[0], places[1:], has_folder=base.is_dir())
+    factors = read_projection_merge(places[0], places[1:], has_folder=base.is_dir())
     names = factors.names if factors is not None else ()
     weights = settings.weights_by_tensor([*checkpoints[0].tensors, *names])
     inputs = hash_inputs(checkpoints)
@@ -117,11 +118,11 @@ def make_settings(
         seed: of DARE.
 
     Raises:
-        ValueError: a value is not allowed.
+        UserError: a value is not allowed.
     """
     known = next((name for name in METHODS if name == method), None)
     if known is None:
-        raise ValueError(f"unknown merge method {method!r}: allowed are {', '.join(METHODS)}")
+        raise UserError(f"unknown merge method {method!r}: allowed are {', '.join(METHODS)}")
     blocks = {} if block_weights is None else read_block_weights(block_weights)
     return MergeSettings(tuple(weights), known, density, blocks, seed)
 
@@ -130,35 +131,35 @@ def read_search(path: Path) -> tuple[MergeSettings, tuple[str, ...]]:
     """The merge that a search found, and the SHA-256 of the experts that it is for, in their order.
 
     Raises:
-        ValueError: the file is unreadable, or no search of full-weight experts.
+        UserError: the file is unreadable, or no search of full-weight experts.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         if document["format"] != SEARCH_FORMAT:
-            raise ValueError(f"its format is {document['format']!r}, not {SEARCH_FORMAT!r}")
+            raise UserError(f"its format is {document['format']!r}, not {SEARCH_FORMAT!r}")
         blocks = {pattern: tuple(map(float, weights)) for pattern, weights in document["block_weights"].items()}
         hashes = tuple(str(expert["sha256"]) for expert in document["experts"])
         return MergeSettings(tuple(map(float, document["weights"])), block_weights=blocks), hashes
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no result of a search for merge weights: {error!r}") from error
+        raise UserError(f"{path} is no result of a search for merge weights: {error!r}") from error
 
 
 def read_block_weights(path: Path) -> dict[str, tuple[float, ...]]:
     """Weights by pattern from YAML: a mapping of regular expressions to lists of numbers, in the file's order.
 
     Raises:
-        ValueError: the file is unreadable or something else.
+        UserError: the file is unreadable or something else.
     """
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read block weights from {path}: {error}") from error
+        raise UserError(f"cannot read block weights from {path}: {error}") from error
     if not isinstance(value, dict) or not value:
-        raise ValueError(f"{path} must map regular expressions over tensor names to lists of weights")
+        raise UserError(f"{path} must map regular expressions over tensor names to lists of weights")
     for pattern, weights in value.items():
         is_list = isinstance(weights, list) and all(type(weight) in (int, float) for weight in weights)
         if not isinstance(pattern, str) or not is_list:
-            raise ValueError(
+            raise UserError(
                 f"{path}: {pattern!r} must be a string with a list of one number per expert; got {weights!r}"
             )
     return {pattern: tuple(map(float, weights)) for pattern, weights in value.items()}
@@ -174,7 +175,7 @@ class _Work:
     weights: Mapping[str, tuple[float, ...]]
     dtype: torch.dtype | None
     component: str | None  # of the base's pipeline
-    factors: Factors | None = None
+    factors: ProjectionMerge | None = None
 
     def layout(self) -> dict[str, TensorInfo]:
         """What the result holds."""
@@ -199,7 +200,7 @@ class _Work:
         else:
             merged = merge_tensor(name, wide, tensors, weights, self.settings, keys).to(dtype)
         if not is_finite(merged):
-            raise ValueError(f"the merged {name} leaves the range of {dtype}; take smaller weights or another dtype")
+            raise UserError(f"the merged {name} leaves the range of {dtype}; take smaller weights or another dtype")
         return merged
 
     def _of_expert(self, index: int, name: str) -> Tensor:
@@ -243,7 +244,7 @@ class _Work:
                 "dtype": None if self.dtype is None else str(self.dtype),
             },
             "projections": {} if self.factors is None else self.factors.described(),
-            "versions": {"timestep_experts": __version__, "torch": str(torch.__version__)},
+            "versions": tool_versions(),
         }
 
     def _dtype(self, stored: torch.dtype) -> torch.dtype:
@@ -279,11 +280,11 @@ def _record_path(base: Path, output: Path) -> Path:
     path = output.with_suffix(f".{_RECORD}") if base.is_file() else output / _RECORD
     for made in (output, path):
         if made.exists():
-            raise ValueError(f"{made} exists already; name an output to be made")
+            raise UserError(f"{made} exists already; name an output to be made")
     if base.is_file() and output.suffix != ".safetensors":
-        raise ValueError(f"the base is a file, so the output must end in .safetensors; got {output}")
+        raise UserError(f"the base is a file, so the output must end in .safetensors; got {output}")
     if base.is_dir() and output.resolve().is_relative_to(base.resolve()):
-        raise ValueError(f"the output {output} must not be inside the base {base}")
+        raise UserError(f"the output {output} must not be inside the base {base}")
     return path
 
 
@@ -293,28 +294,26 @@ def _check_hashes(experts: Sequence[MergeInput], expected: Sequence[str]) -> Non
             known = expected.index(expert.sha256) if expert.sha256 in expected else None
             where = "none of those" if known is None else f"number {known} there"
             given = f"{expert.weights.path}, given as number {number}"
-            raise ValueError(f"the weights were searched for other experts, or in another order: {given}, is {where}")
+            raise UserError(f"the weights were searched for other experts, or in another order: {given}, is {where}")
 
 
 def _dtype_of(name: str | None) -> torch.dtype | None:
-    if name is not None and name not in _DTYPES:
-        raise ValueError(f"unknown dtype {name!r}: allowed are {', '.join(_DTYPES)}")
-    return None if name is None else _DTYPES[name]
+    return None if name is None else parse_dtype(name)
 
 
 def check_fit(base: Checkpoint, expert: Checkpoint) -> None:
     """Refuse an expert whose tensors have other names, shapes or kinds of numbers than the base's.
 
     Raises:
-        ValueError: naming the first that differ.
+        UserError: naming the first that differ.
     """
     lacking, strange = base.tensors.keys() - expert.tensors.keys(), expert.tensors.keys() - base.tensors.keys()
     if lacking or strange:
         said = [f"lacks {some(lacking)}"] * bool(lacking) + [f"has {some(strange)}"] * bool(strange)
-        raise ValueError(f"{expert.path} has other tensors than the base {base.path}: it {' and '.join(said)}")
+        raise UserError(f"{expert.path} has other tensors than the base {base.path}: it {' and '.join(said)}")
     for name, info in base.tensors.items():
         other = expert.tensors[name]
         if other.shape != info.shape:
-            raise ValueError(f"{other.file}: {name} has shape {other.shape}; the base's is {info.shape}")
+            raise UserError(f"{other.file}: {name} has shape {other.shape}; the base's is {info.shape}")
         if other.dtype.is_floating_point != info.dtype.is_floating_point:
-            raise ValueError(f"{other.file}: {name} is {other.dtype}; the base's is {info.dtype}")
+            raise UserError(f"{other.file}: {name} is {other.dtype}; the base's is {info.dtype}")

@@ -11,19 +11,20 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from timestep_experts import __version__
-from timestep_experts.formats import save_bundle
+from timestep_experts.errors import UserError
+from timestep_experts.formats import save_bundle, tool_versions
 from timestep_experts.formats.atomic import atomic_path, write_json
 from timestep_experts.formats.checkpoints import Checkpoint
+from timestep_experts.formats.dtypes import DTYPES
 from timestep_experts.formats.lora import one_expert_bundle, save_lora
 from timestep_experts.formats.model_folders import find_weights
 from timestep_experts.intervals import NUM_TRAIN_TIMESTEPS
-from timestep_experts.jobs.inputs import MergeInput, check_descent, finite_tensor, hash_inputs
-from timestep_experts.jobs.lora import LORA_DTYPES, RECORD, LoraSettings, check_folder_to_make
-from timestep_experts.jobs.merge import check_fit
 from timestep_experts.merging import Truncated, task_vector, truncate_matrix
 from timestep_experts.mixture.geometry import LayerGeometry
 from timestep_experts.models import read_network, read_outline
+from timestep_experts.weights.inputs import MergeInput, check_descent, finite_tensor, hash_inputs
+from timestep_experts.weights.lora import RECORD, LoraSettings, check_folder_to_make
+from timestep_experts.weights.merge import check_fit
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def extract_lora(
         component: of pipelines' folders, which part; ``None``: the denoiser.
 
     Raises:
-        ValueError: an input cannot be read, they do not fit, a tensor is not finite, the rank is not allowed, the
+        UserError: an input cannot be read, they do not fit, a tensor is not finite, the rank is not allowed, the
             expert is the base, or the output exists.
     """
     check_folder_to_make(output)
@@ -78,13 +79,13 @@ def extract_lora(
     check_fit(*checkpoints)
     most = max(g.groups * min(_size(g)) for g in network.layers.values())
     if not 1 <= settings.rank <= most:
-        raise ValueError(f"rank {settings.rank} is not allowed: no layer of {base} can use more than {most}")
+        raise UserError(f"rank {settings.rank} is not allowed: no layer of {base} can use more than {most}")
     own, other = hash_inputs(checkpoints)
     check_descent(own.sha256, str(own.weights.path), [other])
     cut, outside = _truncate(own, other, network, settings.rank)
     energy = sum(part.energy for part in cut.values()) + sum(outside.values())
     if not cut:
-        raise ValueError(
+        raise UserError(
             f"no linear or convolutional layer of {expert} differs from {base}: there is nothing to extract"
         )
     total = sum(part.kept * part.energy for part in cut.values()) / energy
@@ -95,7 +96,7 @@ def extract_lora(
     with atomic_path(output) as draft:
         draft.mkdir()
         layers = {f"{network.name}.{path}": geometry for path, geometry in network.layers.items()}
-        save_lora(draft, updates, layers, LORA_DTYPES[settings.dtype], {})
+        save_lora(draft, updates, layers, DTYPES[settings.dtype], {})
         write_json(draft / RECORD, record)
         if settings.with_bundle:
             bundle = one_expert_bundle(updates, network.num_train_timesteps, str(base), network.kind, record)
@@ -122,7 +123,7 @@ def _truncate(
         try:
             cut[path] = truncate_matrix(change, rank, network.layers[path].groups)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise UserError(f"{path}: {error}") from error
     return cut, outside
 
 
@@ -132,10 +133,10 @@ def _read_network(base: Path, component: str | None) -> _Network:
         networks = {**outline.denoisers, **outline.text_encoders}
         name = component or find_weights(base).name
         if name not in networks:
-            raise ValueError(f"{base} has no denoiser or text encoder {name!r}; it has {', '.join(networks)}")
+            raise UserError(f"{base} has no denoiser or text encoder {name!r}; it has {', '.join(networks)}")
         return _network(name, networks[name], outline.num_train_timesteps)
     if not (base / "config.json").is_file():
-        raise ValueError(
+        raise UserError(
             f"{base} must be a pipeline's folder, or a denoiser's with its config.json: layers are not named in weights"
         )
     module = read_network(str(base))
@@ -170,5 +171,5 @@ def _record(base: MergeInput, expert: MergeInput, rank: int, extracted: Extracte
         "energy_kept": extracted.total_kept,
         "energy_kept_by_layer": dict(extracted.kept),
         "left_out": dict(extracted.left_out),
-        "versions": {"timestep_experts": __version__, "torch": str(torch.__version__)},
+        "versions": tool_versions(),
     }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from timestep_experts.errors import UserError
 from timestep_experts.formats.checkpoints import Checkpoint, file_sha256, weights_sha256
 from timestep_experts.formats.experts import BASE_KEY
 
@@ -55,12 +56,12 @@ def check_descent(base_sha256: str, base: str, experts: Sequence[MergeInput]) ->
         experts: those without `BASE_KEY` are not checked.
 
     Raises:
-        ValueError: one was trained from another base.
+        UserError: one was trained from another base.
     """
     for expert in experts:
         claimed = expert.weights.metadata.get(BASE_KEY)
         if claimed is not None and claimed != base_sha256:
-            raise ValueError(
+            raise UserError(
                 f"{expert.weights.path} was trained from another base: its metadata names {BASE_KEY} {claimed},"
                 f" but {base} has {base_sha256}"
             )
@@ -70,13 +71,13 @@ def finite_tensor(source: MergeInput, name: str) -> Tensor:
     """Load one tensor.
 
     Raises:
-        ValueError: it is unreadable or not finite.
+        UserError: it is unreadable or not finite.
     """
     tensor = source.weights.get(name)
     if tensor.is_floating_point() and not is_finite(tensor):
         count = int((~tensor.isfinite()).sum())
         file = source.weights.tensors[name].file
-        raise ValueError(f"{file}: {name} is not finite: {count} of {tensor.numel()} numbers are NaN or infinite")
+        raise UserError(f"{file}: {name} is not finite: {count} of {tensor.numel()} numbers are NaN or infinite")
     return tensor
 
 

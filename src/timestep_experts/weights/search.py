@@ -7,27 +7,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
 import yaml
 from tqdm import tqdm
 
-from timestep_experts import __version__
-from timestep_experts.build import build_family, build_loss_settings, build_validation, resolve_model
-from timestep_experts.config import Recipe
-from timestep_experts.evaluation.merges import MergeBench, MergeLosses, Trial
+from timestep_experts.errors import UserError
+from timestep_experts.evaluation.merges import MergeBench, MergeLosses, MergeSplit
+from timestep_experts.formats import tool_versions
 from timestep_experts.formats.atomic import atomic_path, write_json
 from timestep_experts.formats.checkpoints import Checkpoint
 from timestep_experts.formats.experts import read_projections
 from timestep_experts.formats.model_folders import find_weights
 from timestep_experts.intervals import Interval, Partition
-from timestep_experts.jobs.inputs import MergeInput, check_descent, finite_tensor, hash_inputs
-from timestep_experts.jobs.merge import SEARCH_FORMAT
-from timestep_experts.jobs.search_methods import SearchSettings, run_method
-from timestep_experts.merging import Evaluated, Ledger, LiveMerge, WeightGroups, Weights
-from timestep_experts.merging.live import check_shapes
+from timestep_experts.merging import Evaluated, History, LiveMerge, WeightGroups, Weights
 from timestep_experts.models import Family
 from timestep_experts.report.search_figures import loss_landscape, range_losses
+from timestep_experts.weights.fit import one_denoiser, require_fit
+from timestep_experts.weights.inputs import MergeInput, finite_tensor
+from timestep_experts.weights.measured import MeasuredBase
+from timestep_experts.weights.merge import SEARCH_FORMAT
+from timestep_experts.weights.search_methods import SearchSettings, run_method
 
 _DEFAULT_RANGES = 4
 
@@ -76,45 +74,39 @@ class SearchInputs:
     boundaries: tuple[float, ...] | None = None
 
 
-def search_experts(recipe: Recipe, inputs: SearchInputs, output: Path, settings: SearchSettings) -> Search:
+def search_experts(measured: MeasuredBase, inputs: SearchInputs, output: Path, settings: SearchSettings) -> Search:
     """Search for the weights of full-weight experts; writes ``output`` and two figures beside it.
 
     Held in memory: the base twice (once live), every expert once, the validation set's latents.
 
     Args:
-        recipe: gives the base, the data and how losses are measured.
+        measured: the base, and what losses are measured on.
         inputs: experts, groups and ranges.
         output: a ``.json`` to be made.
         settings: of the search.
 
     Raises:
-        ValueError: an input cannot be read, or does not fit the base.
+        UserError: an input cannot be read, or does not fit the base.
     """
     check_output(output)
-    check_recipe(recipe)
-    checkpoints = open_experts(inputs.experts, recipe)
-    family = build_family(recipe)
-    live = one_denoiser(family).state_dict()
-    for checkpoint in checkpoints:
-        check_shapes(live, {name: info.shape for name, info in checkpoint.tensors.items()}, str(checkpoint.path))
-    groups = WeightGroups.of(len(checkpoints), live, inputs.groups)
-    hashed, base = hash_inputs(checkpoints), hash_base(recipe, family)
-    if base is not None:
-        check_descent(base.sha256, str(base.weights.path), hashed)
-    loss_settings = build_loss_settings(recipe, ranges_of(family, inputs.boundaries, len(checkpoints)))
-    trial = Trial.on_halves(family, build_validation(recipe, family), loss_settings, settings.seed)
-    search, bench = search_copies(trial, hashed, groups, settings)
-    write_search(output, search, bench, describe_merge(recipe, base, hashed, groups, search))
+    checkpoints = open_experts(inputs.experts, measured.source)
+    family = measured.load()
+    groups = WeightGroups.of(len(checkpoints), one_denoiser(family).state_dict(), inputs.groups)
+    base, hashed = require_fit(family, measured.source, checkpoints)
+    ranges = ranges_of(family, inputs.boundaries, len(checkpoints))
+    split = measured.split(family, ranges, settings.seed)
+    search, bench = search_copies(split, hashed, groups, settings)
+    write_search(output, search, bench, describe_merge(measured.source, base, hashed, groups, search))
     return search
 
 
 def describe_merge(
-    recipe: Recipe, base: MergeInput | None, experts: Sequence[MergeInput], groups: WeightGroups, search: Search
+    source: str, base: MergeInput | None, experts: Sequence[MergeInput], groups: WeightGroups, search: Search
 ) -> dict[str, Any]:
     """What `read_search` needs to make the merge that a search found, for the record of `write_search`."""
     found = groups.settings(search.found.weights)
     return {
-        "base": {"path": recipe.pretrained_model_name_or_path, "sha256": None if base is None else base.sha256},
+        "base": {"path": source, "sha256": None if base is None else base.sha256},
         "experts": [expert.described() for expert in experts],
         "weights": found.weights,
         "block_weights": dict(found.block_weights),
@@ -123,12 +115,12 @@ def describe_merge(
 
 
 def search_copies(
-    trial: Trial, experts: Sequence[MergeInput], groups: WeightGroups, settings: SearchSettings
+    split: MergeSplit, experts: Sequence[MergeInput], groups: WeightGroups, settings: SearchSettings
 ) -> tuple[Search, MergeBench]:
-    """Search for the weights of copies of the trial's one denoiser, which has its own weights back afterwards.
+    """Search for the weights of copies of the split's one denoiser, which has its own weights back afterwards.
 
     Args:
-        trial: what merges are tried on.
+        split: what merges are tried on.
         experts: hashed, of the denoiser's names and shapes.
         groups: of its tensors.
         settings: of the search.
@@ -137,9 +129,9 @@ def search_copies(
         The search, and the bench that it was made on.
 
     Raises:
-        ValueError: a tensor is not finite, or no loss was.
+        UserError: a tensor is not finite, or no loss was.
     """
-    live = one_denoiser(trial.family).state_dict()
+    live = one_denoiser(split.family).state_dict()
     # In the order of their hashes, as `merge` adds them: the same sum to the bit.
     order = sorted(range(len(experts)), key=lambda i: experts[i].sha256)
     tensors = [{name: finite_tensor(experts[i], name) for name in live} for i in order]
@@ -149,7 +141,7 @@ def search_copies(
             chosen = groups.settings(vector).weights_by_tensor(live)
             merge.set({name: [chosen[name][i] for i in order] for name in merge.names})
 
-        bench = MergeBench(trial, apply)
+        bench = MergeBench(split, apply)
         names = [f"expert {i}" for i in range(len(experts))]
         return search_weights(bench, named_points(groups, names), groups.labels(), settings), bench
 
@@ -176,7 +168,7 @@ def search_weights(
         settings: of the search.
 
     Raises:
-        ValueError: no loss was finite.
+        UserError: no loss was finite.
     """
     start = list(points.values())[-1]
     most = settings.num_evaluations(len(labels)) + len(points)
@@ -186,18 +178,18 @@ def search_weights(
             bar.update()
             bar.set_postfix_str(f"loss {point.loss:.5g}")
 
-        ledger = Ledger(bench.relative if settings.objective == "ranges" else bench.mean, show)
+        history = History(bench.relative if settings.objective == "ranges" else bench.mean, show)
         for point in points.values():
-            ledger(point, "table")
-        run_method(ledger, start, settings)
-    named = {**points, "found": ledger.best.weights}
+            history(point, "table")
+        run_method(history, start, settings)
+    named = {**points, "found": history.best.weights}
     rows = tuple(bench.confirm(name, point) for name, point in named.items())
-    return Search(rows, tuple(ledger.evaluated), labels, bench.ranges, settings)
+    return Search(rows, tuple(history.evaluated), labels, bench.ranges, settings)
 
 
 def write_search(output: Path, search: Search, bench: MergeBench, record: Mapping[str, Any]) -> None:
     """Write a search as JSON, with figures of the landscape and of the ranges beside it."""
-    trial = bench.trial
+    split = bench.split
     document = {
         "format": SEARCH_FORMAT,
         "format_version": 1,
@@ -211,21 +203,17 @@ def write_search(output: Path, search: Search, bench: MergeBench, record: Mappin
             "evaluations": search.num_evaluations,
             "of_the_table": len(search.rows) - 1,
             "confirmations": len(search.rows),
-            "selection_pictures": len(trial.selection),
-            "confirmation_pictures": len(trial.confirmation),
-            "samples_per_evaluation": len(trial.settings.bins) * trial.settings.num_pictures,
+            "selection_pictures": len(split.selection),
+            "confirmation_pictures": len(split.confirmation),
+            "samples_per_evaluation": len(split.settings.bins) * split.settings.num_pictures,
         },
         "seeds": {
             "halves": search.settings.seed,
-            "selection": trial.settings.seed,
-            "confirmation": trial.settings.seed + 1,
+            "selection": split.settings.seed,
+            "confirmation": split.settings.seed + 1,
         },
         "settings": asdict(search.settings),
-        "versions": {
-            "timestep_experts": __version__,
-            "torch": str(torch.__version__),
-            "diffusers": diffusers.__version__,
-        },
+        "versions": tool_versions(),
     }
     figures = loss_landscape(search.evaluated, search.labels), range_losses(search.rows, search.ranges)
     try:
@@ -243,14 +231,14 @@ def read_groups(path: Path) -> dict[str, str]:
     """Groups by pattern from YAML: a mapping of regular expressions to names, in the file's order.
 
     Raises:
-        ValueError: the file is unreadable or something else.
+        UserError: the file is unreadable or something else.
     """
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read groups from {path}: {error}") from error
+        raise UserError(f"cannot read groups from {path}: {error}") from error
     if not isinstance(value, dict) or not all(isinstance(part, str) for pair in value.items() for part in pair):
-        raise ValueError(f"{path} must map regular expressions over tensor names to names of groups")
+        raise UserError(f"{path} must map regular expressions over tensor names to names of groups")
     return value
 
 
@@ -263,79 +251,45 @@ def check_output(output: Path) -> None:
     """Refuse an output that exists or has another ending.
 
     Raises:
-        ValueError: it does.
+        UserError: it does.
     """
     if output.suffix != ".json":
-        raise ValueError(f"the output must end in .json; got {output}")
+        raise UserError(f"the output must end in .json; got {output}")
     if output.exists():
-        raise ValueError(f"{output} exists already; name an output to be made")
+        raise UserError(f"{output} exists already; name an output to be made")
 
 
-def one_denoiser(family: Family) -> torch.nn.Module:
-    """The denoiser whose weights change.
-
-    Raises:
-        ValueError: there are several.
-    """
-    if len(family.denoisers) > 1:
-        raise ValueError(f"{family.source} has {len(family.denoisers)} denoisers; only a base with one is supported")
-    return family.denoiser
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """Refuse a quantised base.
-
-    Raises:
-        ValueError: the recipe asks for one.
-    """
-    if recipe.training.base_quantization is not None:
-        kind = recipe.training.base_quantization
-        raise ValueError(
-            f"recipe.training.base_quantization: a base in {kind} has no weights to add to; set it to null"
-        )
-
-
-def open_experts(paths: Sequence[Path], recipe: Recipe) -> list[Checkpoint]:
+def open_experts(paths: Sequence[Path], source: str) -> list[Checkpoint]:
     """The experts' weights; of pipelines' folders, their denoisers'.
 
     Raises:
-        ValueError: there are none, or one cannot be read.
+        UserError: there are none, or one cannot be read.
     """
     if not paths:
-        raise ValueError(f"give at least one --expert, fine-tuned from {recipe.pretrained_model_name_or_path}")
+        raise UserError(f"give at least one expert, fine-tuned from {source}")
     places = [find_weights(path) for path in paths]
     for place in places:
         projections = read_projections(place) if place.is_dir() else None
         if projections is not None and projections.kept:
-            raise ValueError(
+            raise UserError(
                 f"{place} has projections that are not in its weights ({projections.kept[0].name} and others), which a"
                 " search cannot merge; train with projection: foldable, or give merge its weights yourself"
             )
     return [Checkpoint(place) for place in places]
 
 
-def hash_base(recipe: Recipe, family: Family) -> MergeInput | None:
-    """The base's own file, hashed; ``None`` for a base of the hub, which is not checked."""
-    source = Path(resolve_model(recipe.pretrained_model_name_or_path))
-    if not source.exists():
-        return None
-    return hash_inputs([Checkpoint(find_weights(source, None if source.is_file() else family.denoiser_name))])[0]
-
-
 def ranges_of(family: Family, boundaries: Sequence[float] | None, num_experts: int) -> Partition:
     """The ranges of t that losses are reported by.
 
     Raises:
-        ValueError: boundaries do not end at the base's T.
+        UserError: boundaries do not end at the base's T.
     """
     total = family.noise.num_train_timesteps
     if boundaries is None:
         return Partition.uniform(num_experts if num_experts > 1 else _DEFAULT_RANGES, total)
     partition = Partition(tuple(boundaries))
     if partition.num_train_timesteps != total:
-        raise ValueError(
-            f"--boundaries end at {partition.num_train_timesteps:g}; this base model has {total} timesteps"
-        )
+        raise UserError(f"boundaries end at {partition.num_train_timesteps:g}; this base model has {total} timesteps")
     return partition
 
 

@@ -14,22 +14,21 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from timestep_experts import __version__
-from timestep_experts.build import build_family, build_loss_settings, build_validation, resolve_model
-from timestep_experts.config import Recipe
-from timestep_experts.evaluation.merges import MergeBench, MergeLosses, Trial
-from timestep_experts.formats import Bundle, load_bundle, save_bundle
+from timestep_experts.errors import UserError
+from timestep_experts.evaluation.merges import MergeBench, MergeLosses, MergeSplit
+from timestep_experts.formats import Bundle, load_bundle, save_bundle, tool_versions
 from timestep_experts.formats.atomic import atomic_path, write_json
+from timestep_experts.formats.dtypes import DTYPES, parse_dtype
 from timestep_experts.formats.lora import one_expert_bundle, save_lora, updates_of
 from timestep_experts.inference import attach, detach
 from timestep_experts.intervals import Interval
-from timestep_experts.jobs.search import Search, search_weights, write_search
-from timestep_experts.jobs.search_methods import SearchSettings
 from timestep_experts.merging import LowRank, Truncated, Weights, truncate, weighted_sum
 from timestep_experts.mixture.geometry import LayerGeometry
-from timestep_experts.models.outline import read_outline
+from timestep_experts.models import read_outline, resolve_model
+from timestep_experts.weights.measured import MeasuredBase
+from timestep_experts.weights.search import Search, search_weights, write_search
+from timestep_experts.weights.search_methods import SearchSettings
 
-LORA_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RECORD = "merge.json"
 
 
@@ -40,12 +39,12 @@ class LoraSettings:
     Args:
         rank: of the LoRA.
         weights: one per expert, scale after scale; ``None``: each expert's share of the timesteps.
-        model: the base; ``None``: the one that the bundle was made on, or the recipe's.
+        model: the base; ``None``: the one that the bundle was made on, or the measured one.
         dtype: of the file: ``fp32``, ``fp16`` or ``bf16``.
         with_bundle: write the same as a bundle of one expert too.
 
     Raises:
-        ValueError: the dtype is unknown.
+        UserError: the dtype is unknown.
     """
 
     rank: int
@@ -55,8 +54,7 @@ class LoraSettings:
     with_bundle: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in LORA_DTYPES:
-            raise ValueError(f"unknown dtype {self.dtype!r}: allowed are {', '.join(LORA_DTYPES)}")
+        parse_dtype(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class MergedLora:
         weights: that they had.
         kept: of each layer's exact sum, the share of squared norm that the LoRA has.
         total_kept: the same over all layers.
-        rows: losses, if a recipe was given: base, experts switching, their exact sum, the LoRA; else empty.
+        rows: losses, if they were measured: base, experts switching, their exact sum, the LoRA; else empty.
         ranges: of the rows.
         search: that found the weights, if there was one.
     """
@@ -88,7 +86,7 @@ def merge_lora(
     bundle_path: Path,
     output: Path,
     settings: LoraSettings,
-    recipe: Recipe | None = None,
+    measured: MeasuredBase | None = None,
     search: SearchSettings | None = None,
 ) -> MergedLora:
     """Merge the experts of a bundle into one LoRA that diffusers, PEFT and others load; whole or not at all.
@@ -99,30 +97,28 @@ def merge_lora(
         bundle_path: the bundle's folder.
         output: a folder to be made.
         settings: rank and weights.
-        recipe: measures losses; ``None``: nothing is measured.
-        search: look for the weights by the recipe's losses, instead of taking those of the settings.
+        measured: what losses are measured on; ``None``: nothing is measured.
+        search: look for the weights by those losses, instead of taking those of the settings.
 
     Raises:
-        ValueError: the bundle does not fit the base, the rank or the number of weights is wrong, or the output exists.
+        UserError: the bundle does not fit the base, the rank or the number of weights is wrong, or the output exists.
     """
     check_folder_to_make(output)
-    if search is not None and (recipe is None or settings.weights is not None):
-        raise ValueError("a search for weights needs a recipe to measure losses by, and no weights to begin with")
+    if search is not None and (measured is None or settings.weights is not None):
+        raise UserError("a search for weights needs a base and pictures to measure losses on, and no weights")
     bundle = load_bundle(bundle_path)
-    if recipe is None:
+    if measured is None:
         return write_merged(bundle_path, output, settings)
-    model = settings.model or recipe.pretrained_model_name_or_path
-    seed = recipe.seed if search is None else search.seed
-    return write_merged(
-        bundle_path, output, replace(settings, model=model), partial(_halves, recipe, bundle, seed), search
-    )
+    seed = measured.seed if search is None else search.seed
+    own = replace(settings, model=settings.model or measured.source)
+    return write_merged(bundle_path, output, own, partial(_halves, measured, bundle, seed), search)
 
 
 def write_merged(
     bundle_path: Path,
     output: Path,
     settings: LoraSettings,
-    make_trial: Callable[[], Trial] | None = None,
+    make_split: Callable[[], MergeSplit] | None = None,
     search: SearchSettings | None = None,
 ) -> MergedLora:
     """The same as `merge_lora`, tried on whatever the caller has.
@@ -131,11 +127,11 @@ def write_merged(
         bundle_path: the bundle's folder.
         output: a folder to be made.
         settings: rank and weights.
-        make_trial: called once everything fits: what losses are measured on; ``None``: nothing is measured.
+        make_split: called once everything fits: what losses are measured on; ``None``: nothing is measured.
         search: look for the weights.
 
     Raises:
-        ValueError: as `merge_lora`.
+        UserError: as `merge_lora`.
     """
     bundle = load_bundle(bundle_path)
     model = settings.model or bundle.base_model
@@ -143,11 +139,11 @@ def write_merged(
     labels, shares = label_experts(bundle), expert_shares(bundle)
     weights = shares if settings.weights is None else settings.weights
     if len(weights) != len(labels):
-        raise ValueError(f"there are {len(weights)} weights for {len(labels)} experts: {', '.join(labels)}")
+        raise UserError(f"there are {len(weights)} weights for {len(labels)} experts: {', '.join(labels)}")
     most = sum(part.rank for part in next(iter(parts.values())))
     if not 1 <= settings.rank <= most:
-        raise ValueError(f"rank {settings.rank} is not allowed: the experts have {most} together, so 1 to {most} are")
-    bench = None if make_trial is None else _Bench(make_trial(), bundle, parts)
+        raise UserError(f"rank {settings.rank} is not allowed: the experts have {most} together, so 1 to {most} are")
+    bench = None if make_split is None else _Bench(make_split(), bundle, parts)
     found = None if bench is None or search is None else bench.search(labels, shares, search)
     weights = weights if found is None else found.found.weights
     cut = truncate_all(parts, weights, settings.rank)
@@ -155,7 +151,7 @@ def write_merged(
     energy = sum(part.energy for part in cut.values())
     total = sum(part.kept * part.energy for part in cut.values()) / energy if energy else 1.0
     kept = {path: part.kept for path, part in cut.items()}
-    ranges = () if bench is None else bench.trial.settings.partition.intervals
+    ranges = () if bench is None else bench.split.settings.partition.intervals
     merged = MergedLora(output, labels, tuple(weights), kept, total, rows, ranges, found)
     record = _record(bundle_path, model, settings, merged)
     with atomic_path(output) as draft:
@@ -171,7 +167,7 @@ def read_parts(bundle: Bundle, model: str) -> tuple[dict[str, list[LowRank]], di
     """Every layer's experts and geometry, by the layer's path in the pipeline.
 
     Raises:
-        ValueError: the base lacks a layer, or the experts have other shapes.
+        UserError: the base lacks a layer, or the experts have other shapes.
     """
     outline = read_outline(model)
     networks = {**outline.denoisers, **outline.text_encoders}
@@ -184,7 +180,7 @@ def read_parts(bundle: Bundle, model: str) -> tuple[dict[str, list[LowRank]], di
             own = (update.up.shape[0], update.down.shape[1])
             wanted = (geometry.out_features, geometry.in_features * torch.Size(geometry.kernel_size).numel())
             if own != wanted:
-                raise ValueError(f"{path}: the bundle's experts are for a layer of {own}; that of {model} has {wanted}")
+                raise UserError(f"{path}: the bundle's experts are for a layer of {own}; that of {model} has {wanted}")
     return parts, layers
 
 
@@ -193,7 +189,7 @@ def _geometry(networks: Mapping[str, nn.Module], path: str, model: str) -> Layer
     try:
         return LayerGeometry.of(networks[name].get_submodule(inner), path)
     except (KeyError, AttributeError) as error:
-        raise ValueError(f"the bundle has experts for {path}, which {model} lacks") from error
+        raise UserError(f"the bundle has experts for {path}, which {model} lacks") from error
 
 
 def label_experts(bundle: Bundle) -> tuple[str, ...]:
@@ -214,14 +210,14 @@ def truncate_all(parts: Mapping[str, Sequence[LowRank]], weights: Sequence[float
     """`truncate` of `weighted_sum` in every layer.
 
     Raises:
-        ValueError: the rank does not fit a layer's groups; names the layer.
+        UserError: the rank does not fit a layer's groups; names the layer.
     """
     cut = {}
     for path, updates in tqdm(parts.items(), desc="truncating", unit="layer", leave=False):
         try:
             cut[path] = truncate(weighted_sum(updates, weights), rank)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise UserError(f"{path}: {error}") from error
     return cut
 
 
@@ -235,7 +231,7 @@ def write_lora(
 ) -> None:
     """Write a LoRA, its record and, if asked for, the bundle, into a folder that exists."""
     metadata = {"timestep_experts_merge": json.dumps(record, ensure_ascii=False)}
-    save_lora(folder, updates, layers, LORA_DTYPES[settings.dtype], metadata)
+    save_lora(folder, updates, layers, DTYPES[settings.dtype], metadata)
     write_json(folder / RECORD, record)
     if settings.with_bundle:
         total = like.spec.num_train_timesteps
@@ -246,32 +242,31 @@ def check_folder_to_make(output: Path) -> None:
     """Refuse an output that exists, or that is named like a file.
 
     Raises:
-        ValueError: it does.
+        UserError: it does.
     """
     if output.exists():
-        raise ValueError(f"{output} exists already; name an output to be made")
+        raise UserError(f"{output} exists already; name an output to be made")
     if output.suffix == ".safetensors":
-        raise ValueError(f"the output is a folder, as load_lora_weights takes it; got {output}")
+        raise UserError(f"the output is a folder, as load_lora_weights takes it; got {output}")
 
 
-def _halves(recipe: Recipe, bundle: Bundle, seed: int) -> Trial:
-    family = build_family(recipe)
+def _halves(measured: MeasuredBase, bundle: Bundle, seed: int) -> MergeSplit:
+    family = measured.load()
     as_tokens = any(path.partition(".")[0] in family.text_encoders for path in bundle.target_modules)
-    pictures = build_validation(recipe, family, as_tokens=as_tokens)
-    return Trial.on_halves(family, pictures, build_loss_settings(recipe, bundle.spec.strata), seed)
+    return measured.split(family, bundle.spec.strata, seed, as_tokens=as_tokens)
 
 
 class _Bench:
     """A base whose loss is measured with this or that attached."""
 
-    def __init__(self, trial: Trial, bundle: Bundle, parts: Mapping[str, Sequence[LowRank]]) -> None:
-        self.trial, self.bundle, self.parts = trial, bundle, parts
+    def __init__(self, split: MergeSplit, bundle: Bundle, parts: Mapping[str, Sequence[LowRank]]) -> None:
+        self.split, self.bundle, self.parts = split, bundle, parts
         self._searched: MergeBench | None = None
 
     @contextmanager
     def attached(self, bundle: Bundle) -> Iterator[Any]:
         """The base with a bundle, switching."""
-        pipeline = self.trial.family.pipeline()
+        pipeline = self.split.family.pipeline()
         mixture = attach(pipeline, bundle, "switch")
         try:
             yield mixture
@@ -284,12 +279,12 @@ class _Bench:
         alone = {label: tuple(float(i == k) for i in range(count)) for k, label in enumerate(labels)}
         points = {"base": (0.0,) * count, **alone, "shares": shares}
         with self.attached(self.alone({p: weighted_sum(u, shares) for p, u in self.parts.items()})) as mixture:
-            self._searched = MergeBench(self.trial, _LiveSum(mixture, self.parts).set)
+            self._searched = MergeBench(self.split, _LiveSum(mixture, self.parts).set)
             return search_weights(self._searched, points, labels, settings)
 
     def losses(self, weights: Weights, cut: Mapping[str, Truncated]) -> tuple[MergeLosses, ...]:
         """Rows: the base, the experts switching, their exact sum, the truncated one."""
-        bench = MergeBench(self.trial, lambda _: None)
+        bench = MergeBench(self.split, lambda _: None)
         rows = [bench.confirm_as_it_is("base", ())]
         exact = {path: weighted_sum(updates, weights) for path, updates in self.parts.items()}
         rank = next(iter(exact.values())).rank
@@ -347,5 +342,5 @@ def _record(bundle: Path, model: str, settings: LoraSettings, merged: MergedLora
             }
             for row in merged.rows
         },
-        "versions": {"timestep_experts": __version__, "torch": str(torch.__version__)},
+        "versions": tool_versions(),
     }

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from timestep_experts.merging import Ledger, QuadraticSettings, grid, num_coefficients, search_quadratic
+from timestep_experts.errors import UserError
+from timestep_experts.merging import History, QuadraticSettings, grid, num_coefficients, search_quadratic
 
 SearchMethod = Literal["quadratic", "grid", "cma"]
 SearchObjective = Literal["mean", "ranges"]
@@ -30,7 +31,7 @@ class SearchSettings:
         seed: of the halves of the validation set, and of ``cma``.
 
     Raises:
-        ValueError: a value is not allowed.
+        UserError: a value is not allowed.
     """
 
     method: SearchMethod = "quadratic"
@@ -42,9 +43,9 @@ class SearchSettings:
 
     def __post_init__(self) -> None:
         if self.budget < 1:
-            raise ValueError(f"the budget must be at least 1 evaluation; got {self.budget}")
+            raise UserError(f"the budget must be at least 1 evaluation; got {self.budget}")
         if not self.grid_values or not all(math.isfinite(value) for value in self.grid_values):
-            raise ValueError(f"a grid needs finite values; got {self.grid_values}")
+            raise UserError(f"a grid needs finite values; got {self.grid_values}")
 
     def num_evaluations(self, num_weights: int) -> int:
         """How many there will be at most, beside those of the rows of the table."""
@@ -66,49 +67,49 @@ def make_search_settings(
     """`SearchSettings` from words.
 
     Raises:
-        ValueError: a word is unknown, or a value not allowed.
+        UserError: a word is unknown, or a value not allowed.
     """
     known_method = next((name for name in _METHODS if name == method), None)
     known_objective = next((name for name in _OBJECTIVES if name == objective), None)
     if known_method is None:
-        raise ValueError(f"unknown search method {method!r}: allowed are {', '.join(_METHODS)}")
+        raise UserError(f"unknown search method {method!r}: allowed are {', '.join(_METHODS)}")
     if known_objective is None:
-        raise ValueError(f"unknown objective {objective!r}: allowed are {', '.join(_OBJECTIVES)}")
+        raise UserError(f"unknown objective {objective!r}: allowed are {', '.join(_OBJECTIVES)}")
     return SearchSettings(known_method, known_objective, quadratic, tuple(grid_values), budget, seed)
 
 
-def run_method(ledger: Ledger, start: Sequence[float], settings: SearchSettings) -> None:
-    """Search; what is found is ``ledger.best``.
+def run_method(history: History, start: Sequence[float], settings: SearchSettings) -> None:
+    """Search; what is found is ``history.best``.
 
     Args:
-        ledger: of the objective.
+        history: of the objective.
         start: where CMA-ES begins; as many numbers as there are weights.
         settings: method and limits.
 
     Raises:
-        ValueError: no loss was finite.
+        UserError: no loss was finite.
     """
     if settings.method == "quadratic":
-        search_quadratic(ledger, len(start), settings.quadratic)
+        search_quadratic(history, len(start), settings.quadratic)
     elif settings.method == "grid":
         for point in grid(len(start), settings.grid_values):
-            ledger(point, "grid")
+            history(point, "grid")
     else:
-        _search_cma(ledger, start, settings)
+        _search_cma(history, start, settings)
 
 
-def _search_cma(ledger: Ledger, start: Sequence[float], settings: SearchSettings) -> None:
+def _search_cma(history: History, start: Sequence[float], settings: SearchSettings) -> None:
     """Covariance matrix adaptation (Hansen, arXiv 1604.00772), by its author's library, until the budget is spent."""
     import cma  # takes a second to import
 
     bounds = [settings.quadratic.low, settings.quadratic.high]
     options = {"bounds": bounds, "seed": settings.seed + 1, "verbose": -9}  # seed 0 is the clock there
     strategy = cma.CMAEvolutionStrategy(list(start), 0.3 * settings.quadratic.reach, options)
-    already = len(ledger.evaluated)
+    already = len(history.evaluated)
     while not strategy.stop():
         points = strategy.ask()
-        left = settings.budget - (len(ledger.evaluated) - already)
-        losses = [ledger([float(x) for x in point], "cma") for point in points[:left]]
+        left = settings.budget - (len(history.evaluated) - already)
+        losses = [history([float(x) for x in point], "cma") for point in points[:left]]
         if len(losses) < len(points):
             break
         strategy.tell(points, [loss if math.isfinite(loss) else _DIVERGED for loss in losses])

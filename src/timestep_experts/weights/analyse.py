@@ -14,20 +14,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from timestep_experts import __version__
-from timestep_experts.build import build_family, build_validation
-from timestep_experts.config import Recipe
+from timestep_experts.errors import UserError
 from timestep_experts.evaluation.gradients import Gradients, GradientSettings, measure_gradients
+from timestep_experts.formats import tool_versions
 from timestep_experts.formats.atomic import atomic_path, write_json
 from timestep_experts.formats.checkpoints import Checkpoint
 from timestep_experts.formats.model_folders import find_weights
 from timestep_experts.intervals import Interval
-from timestep_experts.jobs.inputs import MergeInput, check_descent, finite_tensor, hash_inputs
-from timestep_experts.jobs.search import check_recipe, hash_base, one_denoiser
 from timestep_experts.merging import Cut, best_cuts, task_vector
 from timestep_experts.merging.boundaries import interval_costs
-from timestep_experts.merging.live import check_shapes
 from timestep_experts.report.search_figures import similarity_map, task_vector_map
+from timestep_experts.weights.fit import one_denoiser, require_fit
+from timestep_experts.weights.inputs import MergeInput, finite_tensor
+from timestep_experts.weights.measured import MeasuredBase
 
 MOST_INTERVALS = 8
 
@@ -82,38 +81,33 @@ class Analysis:
 
 
 def analyse(
-    recipe: Recipe, experts: Sequence[Path], output: Path, settings: GradientSettings, num_shown: int = 4
+    measured: MeasuredBase, experts: Sequence[Path], output: Path, settings: GradientSettings, num_shown: int = 4
 ) -> Analysis:
-    """Measure on the recipe's validation pictures, propose boundaries, draw; writes a folder.
+    """Measure on validation pictures, propose boundaries, draw figures; writes a folder.
 
     Args:
-        recipe: gives base and data.
+        measured: the base, and its pictures.
         experts: fine-tuned copies of the base; may be empty.
         output: a folder to be made.
         settings: of the gradients.
         num_shown: intervals outlined in the figure of similarities.
 
     Raises:
-        ValueError: an expert does not fit the base, no parameter matches, a gradient vanishes, or the output exists.
+        UserError: an expert does not fit the base, no parameter matches, a gradient vanishes, or the output exists.
     """
     if output.exists():
-        raise ValueError(f"{output} exists already; name an output to be made")
+        raise UserError(f"{output} exists already; name an output to be made")
     most = min(MOST_INTERVALS, settings.num_timesteps)
     if not 2 <= num_shown <= most:
-        raise ValueError(
+        raise UserError(
             f"{settings.num_timesteps} timesteps can be shown cut into 2 to {most} intervals; got {num_shown}"
         )
-    check_recipe(recipe)
     checkpoints = [Checkpoint(find_weights(path)) for path in experts]
-    family = build_family(recipe)
+    family = measured.load()
     live = one_denoiser(family).state_dict()
-    for checkpoint in checkpoints:
-        check_shapes(live, {name: info.shape for name, info in checkpoint.tensors.items()}, str(checkpoint.path))
-    hashed, base = hash_inputs(checkpoints), hash_base(recipe, family) if checkpoints else None
-    if base is not None:
-        check_descent(base.sha256, str(base.weights.path), hashed)
+    _, hashed = require_fit(family, measured.source, checkpoints)
     vectors = compare_task_vectors(live, hashed, [f"expert {i}" for i in range(len(hashed))]) if hashed else None
-    gradients = measure_gradients(family, build_validation(recipe, family), settings)
+    gradients = measure_gradients(family, measured.load_pictures(family, False), settings)
     similarity = gradients.similarity()
     proposals = propose(similarity, gradients.bins, most)
     analysis = Analysis(gradients, proposals, vectors, output)
@@ -125,7 +119,7 @@ def analyse(
         draft.mkdir()
         for name, figure in figures.items():
             figure.savefig(draft / f"{name}.png")
-        record = _record(recipe, analysis, similarity, settings, [expert.described() for expert in hashed])
+        record = _record(measured.source, analysis, similarity, settings, [expert.described() for expert in hashed])
         write_json(draft / "analysis.json", record)
     return analysis
 
@@ -155,7 +149,7 @@ def compare_task_vectors(
     """Norms by block and cosines of task vectors; one tensor of every expert is in memory at a time.
 
     Raises:
-        ValueError: a tensor is not finite.
+        UserError: a tensor is not finite.
     """
     blocks = tuple(dict.fromkeys(block_of(name) for name in base))
     moved = torch.zeros(len(experts), len(blocks), dtype=torch.double)
@@ -187,7 +181,7 @@ def _intervals(boundaries: Sequence[float]) -> list[Interval]:
 
 
 def _record(
-    recipe: Recipe,
+    source: str,
     analysis: Analysis,
     similarity: Tensor,
     settings: GradientSettings,
@@ -197,7 +191,7 @@ def _record(
     return {
         "format": "timestep-experts/analysis",
         "format_version": 1,
-        "base": recipe.pretrained_model_name_or_path,
+        "base": source,
         "settings": asdict(settings),
         "num_parameters": gradients.num_parameters,
         "t": gradients.t,
@@ -210,5 +204,5 @@ def _record(
         "task_vectors": None
         if vectors is None
         else {"blocks": vectors.blocks, "norms": vectors.norms.tolist(), "cosines": vectors.cosines.tolist()},
-        "versions": {"timestep_experts": __version__, "torch": str(torch.__version__)},
+        "versions": tool_versions(),
     }
