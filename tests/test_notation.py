@@ -61,7 +61,13 @@ def test_a_name_of_the_table_is_one_of_the_code(name: str) -> None:
 
 
 def test_the_table_is_read_and_a_wrong_name_would_be_seen() -> None:
-    table = "| symbol | name in code | unit |\n|---|---|---|\n| A | `ExpertStack.A (n, r, k)`, `.B` | |\n| x | `Nobody` | |\n"
+    rows = (
+        "| symbol | name in code | unit |",
+        "|---|---|---|",
+        "| A | `ExpertStack.A (n, r, k)`, `.B` | |",
+        "| x | `Nobody` | |",
+    )
+    table = "\n".join(rows)
     assert names_of_the_table(table) == ["ExpertStack.A", "ExpertStack.B", "Nobody"]
     assert {"ExpertStack.A", "ExpertStack.B"} <= names_of_code()
     assert "Nobody" not in names_of_code()

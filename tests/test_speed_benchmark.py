@@ -17,7 +17,20 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("cases", "formula", "gap", "growth", "passes", "report", "start", "targets", "timing", "variants", "world")
+MODULES = (
+    "cases",
+    "formula",
+    "gap",
+    "growth",
+    "passes",
+    "report",
+    "start",
+    "targets",
+    "timing",
+    "tricks",
+    "variants",
+    "world",
+)
 IN_GROWTH = {"base", "PEFT LoRA", "switch", "route"}
 
 
@@ -103,6 +116,18 @@ def test_attaching_loading_and_folding_are_timed_beside_loras(speed: SimpleNames
         low, high = row["quartiles"]
         assert 0 < low <= row["seconds"] <= high
     assert json.loads((folder / "speed_cpu.json").read_text())["sections"]["start"] == found
+
+
+def test_every_trick_is_left_out_once(speed: SimpleNamespace) -> None:
+    makers = speed.tricks.variants()
+    assert list(makers) == ["base", *(f"without {name}" for name in speed.tricks.TRICKS), "plain arithmetic"]
+    budget = speed.timing.Budget(1, 1, min_seconds=0.001)
+    setting = speed.passes.Setting(torch.device("cpu"), torch.float32, budget, memory=False)
+    (case, *_) = speed.cases.layer_cases(setting.device, quick=True)
+    base, form = speed.passes.build(case, setting), speed.variants.Form(num_contexts=1)
+    rows = speed.passes.measure(case, base, speed.variants.MIXED_T, makers, form, setting).rows
+    assert [row["variant"] for row in rows] == list(makers)
+    assert all(row["ratio"] > 0 for row in rows)
 
 
 def test_a_part_of_the_cases_is_measured_anew(speed: SimpleNamespace, tmp_path: Path) -> None:

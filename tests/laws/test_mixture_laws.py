@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -31,6 +31,7 @@ from conftest import (
 )
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import MODES, Mixture, MixtureLayer, MixtureSpec, Scale, asymmetric, match_targets
+from timestep_experts.mixture.fast import FastKernels, Tricks
 from timestep_experts.mixture.fast.products import MAX_TERMS
 
 pytestmark = pytest.mark.usefixtures("either_kernels")
@@ -864,3 +865,29 @@ def test_router_parameters_are_the_maps_and_the_tables(unet):
     assert [tuple(table.shape) for table in tables] == [(1000, 1)] * len(mixture.layers)
     own = {id(p) for layer in mixture.layers.values() for p in layer.router.parameters()}
     assert {id(p) for p in [*maps, *tables]} == own
+
+
+# The fast arithmetic
+
+
+@pytest.mark.parametrize("trick", [item.name for item in fields(Tricks)])
+@pytest.mark.parametrize("is_training", [False, True], ids=["inference", "training"])
+def test_a_trick_that_is_left_out_changes_no_number(trick, is_training):
+    found = []
+    for kernels in (FastKernels(), FastKernels(Tricks(**{trick: False}))):
+        unet = tiny_unet()
+        mixture = randomise(Mixture.attach(unet, MixtureSpec(scales(8, 4, 1)), TARGETS, kernels=kernels))
+        mixture.mode = "route"
+        latents, text = unet_inputs(3)
+        with torch.set_grad_enabled(is_training):
+            for t in (640, MIXED_T):
+                y = unet(latents, t, text).sample
+                found.append([y.detach()])
+                if is_training:
+                    unet.zero_grad()
+                    y.square().mean().backward()
+                    found[-1] += [p.grad.clone() for p in unet.parameters() if p.grad is not None]
+    for with_it, without in zip(found[:2], found[2:], strict=True):
+        assert len(with_it) == len(without)
+        for a, b in zip(with_it, without, strict=True):
+            assert max_error(a, b) <= 1e-5 * max(1, b.abs().max().item())  # fp32, summed in another order
