@@ -435,7 +435,9 @@ def test_each_step_calls_the_expert_that_owns_its_timestep(mode: str, name: str)
     seen: list[tuple[Tensor, Tensor]] = []
 
     def note(layer: Any, *_: object) -> None:
-        seen.append((layer.state.step.t.clone(), layer.state.step.expert_index["n4"].clone()))
+        seen.append(
+            (layer.state.step.t.clone(), layer.state.step.expert_index["n4"].expand_as(layer.state.step.t).clone())
+        )
 
     next(iter(mixture.layers.values())).register_forward_hook(note)
     draw(pipeline, num_inference_steps=8)

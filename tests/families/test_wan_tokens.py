@@ -69,7 +69,9 @@ def test_each_step_meets_the_expert_of_its_timestep(make: Any, monkeypatch: pyte
     shapes: set[tuple[int, ...]] = set()
 
     def note(layer: Any, *_: object) -> None:
-        seen.append((layer.state.step.t.tolist(), layer.state.step.expert_index["n4"].tolist()))
+        seen.append(
+            (layer.state.step.t.tolist(), layer.state.step.expert_index["n4"].expand_as(layer.state.step.t).tolist())
+        )
 
     next(iter(mixture.layers.values())).register_forward_hook(note)
     pipeline.transformer.register_forward_pre_hook(

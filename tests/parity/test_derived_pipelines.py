@@ -135,7 +135,9 @@ def test_sampling_that_starts_in_the_middle_meets_the_experts_of_its_timesteps(s
     seen: list[tuple[Tensor, Tensor]] = []
 
     def note(layer: Any, *_: object) -> None:
-        seen.append((layer.state.step.t.clone(), layer.state.step.expert_index["n4"].clone()))
+        seen.append(
+            (layer.state.step.t.clone(), layer.state.step.expert_index["n4"].expand_as(layer.state.step.t).clone())
+        )
 
     next(iter(mixture.layers.values())).register_forward_hook(note)
     derived = derive(pipeline)
@@ -232,7 +234,12 @@ def test_pure_noise_at_t_1000_belongs_to_the_last_interval(count: int, make_pipe
     seen: list[tuple[Tensor, Tensor]] = []
 
     def note(layer: Any, *_: object) -> None:
-        seen.append((layer.state.step.t.clone(), layer.state.step.expert_index[f"n{count}"].clone()))
+        seen.append(
+            (
+                layer.state.step.t.clone(),
+                layer.state.step.expert_index[f"n{count}"].expand_as(layer.state.step.t).clone(),
+            )
+        )
 
     next(iter(mixture.layers.values())).register_forward_hook(note)
     pipeline.set_progress_bar_config(disable=True)

@@ -227,7 +227,7 @@ def test_each_step_calls_the_expert_that_owns_its_timestep(scheduler: str, pipel
         owners: dict[str, list[list[int]]] = {name: [] for name in mixture.layers}
 
         def note(layer: Any, *_: object) -> None:
-            owners[layer.name].append(layer.state.step.expert_index["n4"].tolist())
+            owners[layer.name].append(layer.state.step.expert_index["n4"].expand_as(layer.state.step.t).tolist())
 
         handles = [layer.register_forward_hook(note) for layer in mixture.layers.values()]
         draw(pipeline, num_inference_steps=8)
