@@ -181,7 +181,7 @@ def estimate(name: str, options: str) -> tuple[int, int]:
         micro_batches = settings.gradient_accumulation_steps
         arguments = (stage, mixture, family, make_pictures(name), micro_batches, settings.mixed_precision)
         peak = step_peak(*arguments, on_accelerator=False)
-    shapes = [leaf.shape for learner in stage.learners for leaf in learner.leaves]
+    shapes = [leaf.shape for param_group in stage.param_groups for leaf in param_group.leaves]
     base = sum(p.numel() for p in family.denoiser.parameters()) - mixture.count_parameters().stored
     return base, peak + state_bytes(OPTIMISER.name, OPTIMISER.options, shapes)
 

@@ -84,7 +84,7 @@ def test_every_bin_is_sampled_from_its_own_timesteps(family: StableDiffusion, pi
         assert max(len(part) for part in parts) <= SETTINGS.batch_size
         assert all(t in interval for part in parts for t in part.t.tolist())
         assert not any(part.dropped.any() for part in parts)
-        rows = torch.cat([part.rows for part in parts])
+        rows = torch.cat([part.indices for part in parts])
         assert set(rows[:5].tolist()) == set(range(5))  # every picture before one comes again
 
 

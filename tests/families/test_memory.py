@@ -19,7 +19,7 @@ from timestep_experts.intervals import Partition
 from timestep_experts.jobs.methods import method_of
 from timestep_experts.jobs.plan import Memory, planned_device
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale
-from timestep_experts.models import load_family, read_outline
+from timestep_experts.models import load_family, read_meta_model
 from timestep_experts.models.video_crafter import fold_fps
 from timestep_experts.training import AssembleSettings, FosterSettings, assemble, foster
 from timestep_experts.training.batches import Batch
@@ -87,12 +87,12 @@ def make_stage(mixture: Mixture, *, is_second: bool = False) -> Stage:
 
 
 def foreseen(source: str, *, checkpoints: bool, precision: str = "no", parts: int = 1, **options: bool) -> int:
-    outline = read_outline(source)
-    mixture = Mixture.attach(outline.denoisers, SPEC, TARGETS, timestep_scale=outline.family.timestep_scale)
-    family = outline.make_family(with_second_denoiser=False)
+    meta_model = read_meta_model(source)
+    mixture = Mixture.attach(meta_model.denoisers, SPEC, TARGETS, timestep_scale=meta_model.family.timestep_scale)
+    family = meta_model.make_family(with_second_denoiser=False)
     if checkpoints:
         family.checkpoint_gradients()
-    networks = [*outline.denoisers.values(), *outline.text_encoders.values(), *outline.autoencoders.values()]
+    networks = [*meta_model.denoisers.values(), *meta_model.text_encoders.values(), *meta_model.autoencoders.values()]
     with fake_networks(networks):
         pictures = fake_pictures(family, (3, *((5,) if family.is_video else ()), 32, 32), as_tokens=False)
         stage = make_stage(mixture, is_second=options.get("is_second", False))
@@ -111,7 +111,7 @@ def taken(source: str, *, checkpoints: bool, precision: str = "no", parts: int =
     rows = torch.zeros(4 // parts, dtype=torch.long)
     t = torch.full((4 // parts,), 950) if family.noise.has_integer_timesteps else torch.full((4 // parts,), 950.0)
     chunk = Batch(rows, t, torch.zeros(4 // parts, *pictures.latents.shape[1:]), rows.bool())
-    stage.speak()
+    stage.set_mode()
     with gradients_of(stage, mixture):
         for _ in range(2):  # the first one fills caches
             for parameter in stage.parameters():

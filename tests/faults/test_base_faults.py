@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import pixart, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 from tiny_video import tiny_video_crafter
 
-from timestep_experts.models import load_family, read_outline
+from timestep_experts.models import load_family, read_meta_model
 
 CPU = torch.device("cpu")
 MAKERS = {"sd": stable_diffusion, "sdxl": stable_diffusion_xl, "sd3": stable_diffusion_3, "pixart": pixart}
@@ -154,5 +154,5 @@ def test_a_single_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 def test_a_unet_with_a_frame_rate_has_an_outline(tmp_path: Path) -> None:
     tiny_video_crafter().save_pretrained(tmp_path)
-    outline = read_outline(str(tmp_path))
-    assert type(outline.denoisers["unet"]).__name__ == "FpsUNet3DConditionModel"
+    meta_model = read_meta_model(str(tmp_path))
+    assert type(meta_model.denoisers["unet"]).__name__ == "FpsUNet3DConditionModel"

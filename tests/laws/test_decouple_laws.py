@@ -44,9 +44,9 @@ def run(
     **loop: object,
 ) -> dict[str, Tensor]:
     pictures = random_pictures(6, made.family)
-    identity = {"run": "law"}
+    fingerprint = {"run": "law"}
     run_stage(
-        made.stage, made.trainee, made.family, pictures, optimiser, LoopSettings(**loop), folder, identity, observe
+        made.stage, made.trainee, made.family, pictures, optimiser, LoopSettings(**loop), folder, fingerprint, observe
     )
     return {name: value.clone() for name, value in made.trainee.state_dict().items()}
 
@@ -317,7 +317,9 @@ def test_the_base_keeps_its_bytes(name: str, tmp_path: Path) -> None:
     def preview(step: int, log: object) -> None:
         with made.trainee.as_expert(), torch.no_grad():
             batch = made.stage.plan.draw(pictures, family, 0)
-            made.family.predict(pictures.latents[batch.rows], batch.t, pictures.conditioning(batch.rows, family.device))
+            made.family.predict(
+                pictures.latents[batch.indices], batch.t, pictures.conditioning(batch.indices, family.device)
+            )
 
     pictures = pictures_of(family)
     run_stage(
@@ -348,7 +350,9 @@ def test_updates_are_optimiser_updates(family: StableDiffusion, tmp_path: Path) 
     states = []
     for parts in (1, 4):
         made = decouple(family, settings(5), 0)
-        stage = replace(made.stage, follow=lambda step, made=made: (updates.append(step), made.trainee.follow(step)))
+        stage = replace(
+            made.stage, after_step=lambda step, made=made: (updates.append(step), made.trainee.follow(step))
+        )
         states.append(run(replace(made, stage=stage), tmp_path / str(parts), SGD, gradient_accumulation_steps=parts))
     assert updates == [1, 2, 3, 4, 5] * 2
     # sums in another order: 1e-7 per step

@@ -99,7 +99,7 @@ def backward(made: DistillStage, family: Any, step: int = 0) -> torch.Tensor:
         parameter.requires_grad_(True)
         parameter.grad = None
     pictures = random_pictures(6, family)
-    made.stage.speak()
+    made.stage.set_mode()
     return made.stage.objective.backward(step, family, pictures, made.stage.plan.draw(pictures, family, step), "no")
 
 
@@ -243,7 +243,7 @@ def test_the_head_tells_features_apart() -> None:
 def test_losses_reach_only_those_they_are_for(family: StableDiffusion, mixture: Mixture) -> None:
     shake(mixture)
     _, made = distill(mixture, family, settings(gan_steps=2))[:2]
-    own = [p for p, _ in made.stage.learners[0].slices]
+    own = [p for p, _ in made.stage.param_groups[0].slices]
     fake, head = made.trainee.fake, made.trainee.head
     assert head is not None
     objective = made.stage.objective
@@ -274,7 +274,7 @@ def test_the_adversarial_pull_adds_to_the_generators_gradient(family: StableDiff
         gan = {"": phase(2, Adversary(weight, 0.5))}
         made = distill(mixture, family, settings(phases=gan))[0]
         backward(made, family)
-        found.append(torch.cat([p.grad.flatten() for p, _ in made.stage.learners[0].slices]))
+        found.append(torch.cat([p.grad.flatten() for p, _ in made.stage.param_groups[0].slices]))
     assert (found[1] - found[0]).norm() > 1e-3 * found[0].norm()
     assert max_error(found[2] - found[0], 2 * (found[1] - found[0])) < 1e-5  # linear in its weight
 
@@ -284,10 +284,10 @@ def test_equal_scores_leave_the_generators_bytes_alone(family: StableDiffusion, 
     shake(mixture)
     made = distill(mixture, family, settings(guidance_scale=1.0))[0]
     backward(made, family)
-    assert all(p.grad.abs().max() == 0 for p, _ in made.stage.learners[0].slices)
+    assert all(p.grad.abs().max() == 0 for p, _ in made.stage.param_groups[0].slices)
     guided_one = distill(mixture, family, settings(guidance_scale=1.75))[0]
     backward(guided_one, family)
-    assert any(p.grad.abs().max() > 0 for p, _ in guided_one.stage.learners[0].slices)
+    assert any(p.grad.abs().max() > 0 for p, _ in guided_one.stage.param_groups[0].slices)
 
 
 def test_micro_batches_add_up(family: StableDiffusion, mixture: Mixture) -> None:
@@ -323,8 +323,8 @@ def test_checkpointing_and_autocast_leave_the_gradients(kind: str, mixture: Mixt
         for parameter in made.stage.parameters():
             parameter.grad = None
         made.stage.objective.backward(0, family, pictures, made.stage.plan.draw(pictures, family, 0), precision)
-        assert all(p.grad is not None for p, _ in made.stage.learners[0].slices)
-        found.append(torch.cat([p.grad.flatten() for p, _ in made.stage.learners[-1].slices if p.grad is not None]))
+        assert all(p.grad is not None for p, _ in made.stage.param_groups[0].slices)
+        found.append(torch.cat([p.grad.flatten() for p, _ in made.stage.param_groups[-1].slices if p.grad is not None]))
     assert max_error(found[0], found[1]) < 1e-6
     assert (found[0] - found[2]).norm() < 0.1 * found[0].norm()
 
@@ -458,7 +458,7 @@ def test_real_inputs_are_training_pictures_but_for_the_first_step(family: Stable
         backward(made[expert], family)
         batch = made[expert].stage.plan.draw(pictures, family, 0)
         noise = batch.renoise[:, -1]
-        expected = noise if t == 999 else family.noise.add_noise(pictures.latents[batch.rows], noise, batch.t)
+        expected = noise if t == 999 else family.noise.add_noise(pictures.latents[batch.indices], noise, batch.t)
         assert max_error(seen[0], expected) < 1e-6
     handle.remove()
 
@@ -573,7 +573,7 @@ def test_stable_diffusion_xl_is_distilled_too(tmp_path: Path) -> None:
     mixture = attach(family, 4)
     made = distill(mixture, family, settings(gan_steps=2))[1]
     assert backward(made, family).isfinite().all()
-    assert all(p.grad is not None for p, _ in made.stage.learners[0].slices)
+    assert all(p.grad is not None for p, _ in made.stage.param_groups[0].slices)
 
 
 def test_two_steps_of_one_interval_share_their_expert(family: StableDiffusion) -> None:

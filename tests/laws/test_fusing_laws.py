@@ -436,7 +436,7 @@ def test_a_fused_pipeline_draws_the_same_pictures(quiet):
     attach(quiet, unet_bundle())
     switched = draw(quiet)
     detach(quiet)
-    mixture = attach(quiet, unet_bundle(), folded=True)
+    mixture = attach(quiet, unet_bundle(), fused=True)
     assert is_fused(mixture)
     assert max_error(draw(quiet), switched) <= 1e-4  # five steps with guidance, of fp32 outputs near 1
     assert max_error(switched, before) > 1e-2
@@ -450,7 +450,7 @@ def test_text_encoders_with_experts_stay_unfused_and_are_heard(quiet):
     attach(quiet, text_bundle(), "switch")
     switched, passes = draw(quiet), Reencoder.of(quiet).num_text_passes
     detach(quiet)
-    mixture = attach(quiet, text_bundle(), "switch", folded=True)
+    mixture = attach(quiet, text_bundle(), "switch", fused=True)
     assert max_error(draw(quiet), switched) <= 1e-4
     assert Reencoder.of(quiet).num_text_passes == passes
     assert {path.partition(".")[0] for path, layer in mixture.layers.items() if holds_experts(layer)} == {"unet"}
@@ -462,7 +462,7 @@ def test_a_bundle_that_routes_is_not_fused_and_the_pipeline_stays_as_it_was(quie
     before, modules = draw(quiet), list(quiet.unet.named_modules())
     for bundle in (unet_bundle("route"), text_bundle()):
         with pytest.raises(ValueError, match="only experts that are switched"):
-            attach(quiet, bundle, folded=True)
+            attach(quiet, bundle, fused=True)
         assert list(quiet.unet.named_modules()) == modules
         assert Reencoder.of(quiet) is None
     assert torch.equal(draw(quiet), before)

@@ -228,12 +228,12 @@ def test_text_experts_have_a_rate_a_decay_and_a_dropout_of_their_own(family: Sta
     dropouts = {name.partition(".")[0]: layer.dropout for name, layer in mixture.layers.items()}
     assert dropouts == {"unet": 0.5, "text_encoder": 0.0}
     (stage,) = foster(mixture, build_foster_settings(recipe, recipe.method, family.text_encoders))
-    assert [learner.name for learner in stage.learners] == [
+    assert [param_group.name for param_group in stage.param_groups] == [
         "n2.0.unet",
         "n2.0.text_encoder",
         "n2.1.unet",
         "n2.1.text_encoder",
     ]
-    optimiser = OptimiserSettings("AdamW", {"weight_decay": 0.01}).build(stage.learners)
+    optimiser = OptimiserSettings("AdamW", {"weight_decay": 0.01}).build(stage.param_groups)
     settings = [(round(group["lr"], 9), group["weight_decay"]) for group in optimiser.param_groups]
     assert settings == [(1e-3, 0.01), (1e-4, 0.3)] * 2

@@ -24,9 +24,9 @@ from timestep_experts.training import (
     foster,
 )
 from timestep_experts.training.batches import Batch, BatchPlan
-from timestep_experts.training.learner import learning_rate_factor
 from timestep_experts.training.log import read_log
 from timestep_experts.training.loop import Observer, run_stage
+from timestep_experts.training.param_group import learning_rate_factor
 from timestep_experts.training.stage import Stage
 
 TARGETS = ("to_q", "to_v", "conv1")
@@ -87,7 +87,13 @@ def test_fostering_all_intervals_in_one_run_equals_separate_runs(
         alone = attach(family, 4)
         stage = foster(alone, plan)[0]
         one = OneStratum(**vars(stage.plan), alone=interval)
-        run(replace(stage, learners=[stage.learners[index]], plan=one), alone, family, tmp_path / str(index), optimiser)
+        run(
+            replace(stage, param_groups=[stage.param_groups[index]], plan=one),
+            alone,
+            family,
+            tmp_path / str(index),
+            optimiser,
+        )
         for key, value in experts(alone).items():
             # fp32 products over batches of another size round differently, 1e-7 per step
             assert max_error(value[index], at_once[key][index]) < 2e-6, key
@@ -101,12 +107,12 @@ def test_a_joint_context_learns_from_the_mean_over_all_its_samples(family: Stabl
     pictures = random_pictures(6, family)
     batch = stage.plan.draw(pictures, family, 0)
     before = experts(mixture)
-    stage.speak()
+    stage.set_mode()
     losses = squared_error(
         family.predict(
-            family.noise.add_noise(pictures.latents[batch.rows], batch.noise, batch.t),
+            family.noise.add_noise(pictures.latents[batch.indices], batch.noise, batch.t),
             batch.t,
-            pictures.conditioning(batch.rows, family.device, batch.dropped),
+            pictures.conditioning(batch.indices, family.device, batch.dropped),
         ),
         batch.noise,
     )

@@ -71,7 +71,7 @@ def test_an_expert_learns_where_it_is_held(wan: Wan) -> None:
     mixture = attach_to(wan)
     rates, steps = {"n8": [0.1] * 8, "n4": [0.1] * 4}, {"n8": [1] * 8, "n4": [1] * 4}
     stages = foster(mixture, FosterSettings("independent", 1, rates, steps, 0.0, 0))
-    held = {learner.name: len(learner.slices) for stage in stages for learner in stage.learners}
+    held = {param_group.name: len(param_group.slices) for stage in stages for param_group in stage.param_groups}
     layers = len(mixture.layers) // 2
     assert held == {
         **{f"n8.{i}": 2 * layers for i in range(8)},

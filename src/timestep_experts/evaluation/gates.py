@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from timestep_experts.data import EncodedPictures
-from timestep_experts.evaluation.loss import LossSettings, evaluation_batches, predict_batch
+from timestep_experts.evaluation.loss import LossSettings, evaluation_batches
 from timestep_experts.mixture import Mixture
 from timestep_experts.models import Family
 
@@ -39,7 +39,7 @@ def gate_map(family: Family, mixture: Mixture, pictures: EncodedPictures, settin
         for interval, batches in evaluation_batches(family, pictures, settings):
             middles.append((interval.lo + interval.hi) / 2)
             with mixture.recorded_gates() as log:
-                predict_batch(family, pictures, batches[0])
+                family.denoise(batches[0].samples(pictures, family))
             columns.append({name: _moments(calls) for name, calls in log.items()})
     modules = tuple(name for name in mixture.layers if name in columns[0])
     maps = []

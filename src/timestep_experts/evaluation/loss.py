@@ -86,13 +86,7 @@ def evaluation_batches(
 
 
 @torch.no_grad()
-def predict_batch(family: Family, pictures: EncodedPictures, batch: Batch) -> tuple[Tensor, Tensor]:
-    """What the denoiser says to a batch, and what it should say."""
-    device = family.device
-    latents, noise, t = pictures.latents[batch.rows].to(device), batch.noise.to(device), batch.t.to(device)
-    noisy = family.noise.add_noise(latents, noise, t)
-    return family.predict(noisy, t, pictures.features_at(family, batch.rows, t)), family.noise.target(latents, noise, t)
-
-
 def _bin_losses(family: Family, pictures: EncodedPictures, batches: list[Batch]) -> Tensor:
-    return torch.cat([squared_error(*predict_batch(family, pictures, batch)).cpu() for batch in batches])
+    """The loss of every sample of a bin, ``(B,)`` on the CPU."""
+    denoised = (family.denoise(batch.samples(pictures, family)) for batch in batches)
+    return torch.cat([squared_error(item.predicted, item.target).cpu() for item in denoised])

@@ -9,7 +9,7 @@ import torch
 from timestep_experts.build import build_base_dtype, build_media_settings
 from timestep_experts.config import Recipe
 from timestep_experts.data import ClipSettings
-from timestep_experts.models import Family, Outline, read_outline, resolve_model
+from timestep_experts.models import Family, MetaModel, read_meta_model, resolve_model
 from timestep_experts.models.quantization import quantised_bytes
 from timestep_experts.training.stage import Stage
 
@@ -41,7 +41,7 @@ class StagePlan:
     Args:
         variant: the name of the variant.
         stage: the name of the stage.
-        num_experts: learners in it.
+        num_experts: param_groups in it.
         trainable: parameters that change.
         steps: optimiser steps.
         samples_per_expert: the fewest and the most that one of them sees.
@@ -59,49 +59,51 @@ class StagePlan:
     memory: Memory | None = None
 
 
-def read_base(recipe: Recipe) -> Outline:
+def read_base(recipe: Recipe) -> MetaModel:
     """The recipe's base on the meta device, in the dtype of the recipe.
 
     Raises:
         UserError: the base has no readable configuration.
     """
-    outline = read_outline(resolve_model(recipe.pretrained_model_name_or_path))
-    outline.cast_to(build_base_dtype(recipe))
-    return outline
+    meta_model = read_meta_model(resolve_model(recipe.pretrained_model_name_or_path))
+    meta_model.cast_to(build_base_dtype(recipe))
+    return meta_model
 
 
 def count_stage(variant: str, stage: Stage) -> StagePlan:
     """The plan of a stage whose experts learn side by side."""
     batch = stage.plan.batch_size // len(stage.plan.strata)
-    seen = [round(learner.max_train_steps * batch / learner.gradient_share) for learner in stage.learners]
+    seen = [
+        round(param_group.max_train_steps * batch / param_group.gradient_share) for param_group in stage.param_groups
+    ]
     return StagePlan(
         variant=variant,
         stage=stage.name,
-        num_experts=len(stage.learners),
-        trainable=sum(leaf.numel() for learner in stage.learners for leaf in learner.leaves),
+        num_experts=len(stage.param_groups),
+        trainable=sum(leaf.numel() for param_group in stage.param_groups for leaf in param_group.leaves),
         steps=stage.num_steps,
         samples_per_expert=(min(seen), max(seen)),
         samples=stage.num_steps * stage.plan.batch_size,
     )
 
 
-def base_bytes(recipe: Recipe, outline: Outline, *, trains_text: bool) -> int:
+def base_bytes(recipe: Recipe, meta_model: MetaModel, *, trains_text: bool) -> int:
     """The bytes of the frozen networks that are on the device while training.
 
     Args:
         recipe: of the run.
-        outline: its base.
+        meta_model: its base.
         trains_text: whether text encoders carry experts, so that they cannot leave.
     """
     training = recipe.training
     leaves = training.offload_encoders and planned_device(recipe) != "cpu"
-    encoders = {} if leaves else outline.autoencoders
-    text_encoders = {} if leaves and not trains_text else outline.text_encoders
+    encoders = {} if leaves else meta_model.autoencoders
+    text_encoders = {} if leaves and not trains_text else meta_model.text_encoders
     return sum(
         quantised_bytes(network, training.base_quantization)
-        if training.base_quantization and name in outline.quantised
+        if training.base_quantization and name in meta_model.quantised
         else sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
-        for name, network in {**outline.denoisers, **encoders, **text_encoders}.items()
+        for name, network in {**meta_model.denoisers, **encoders, **text_encoders}.items()
     )
 
 

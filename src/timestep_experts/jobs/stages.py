@@ -20,7 +20,7 @@ from timestep_experts.mixture import Mixture, Mode
 from timestep_experts.models import Family
 from timestep_experts.training.log import RunLog
 from timestep_experts.training.loop import run_stage
-from timestep_experts.training.stage import Stage, Trainee
+from timestep_experts.training.stage import Stage, Trainable
 
 _DECIDING = ("mixed_precision", "base_dtype", "base_quantization", "gradient_accumulation_steps")
 
@@ -55,7 +55,7 @@ def train_stage(
     recipe: Recipe,
     context: RunContext,
     stage: Stage,
-    trainee: Trainee,
+    trainee: Trainable,
     family: Family,
     optimiser: OptimizerConfig,
     folder: Path,

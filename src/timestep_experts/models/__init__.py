@@ -1,10 +1,10 @@
 """What differs between base models, one file per family, behind one protocol."""
 
 from timestep_experts.models.ddpm import DDPM
-from timestep_experts.models.family import SECOND_DENOISERS, Conditioning, Family, timestep_scale_of
+from timestep_experts.models.family import SECOND_DENOISERS, Conditioning, Denoised, Family, Samples, timestep_scale_of
 from timestep_experts.models.flux import Flux
+from timestep_experts.models.meta_model import MetaModel, read_meta_model, read_network
 from timestep_experts.models.noise import DiscreteNoise, FlowNoise, NoiseProcess
-from timestep_experts.models.outline import Outline, read_network, read_outline
 from timestep_experts.models.pixart import PixArt, PixArtSigma
 from timestep_experts.models.quantization import Quantization
 from timestep_experts.models.registry import BASE_ASSET, FAMILIES, load_family, resolve_model, sampling_options_of
@@ -20,15 +20,17 @@ __all__ = [
     "FAMILIES",
     "SECOND_DENOISERS",
     "Conditioning",
+    "Denoised",
     "DiscreteNoise",
     "Family",
     "FlowNoise",
     "Flux",
+    "MetaModel",
     "NoiseProcess",
-    "Outline",
     "PixArt",
     "PixArtSigma",
     "Quantization",
+    "Samples",
     "StableDiffusion",
     "StableDiffusion3",
     "StableDiffusionXL",
@@ -36,8 +38,8 @@ __all__ = [
     "Wan",
     "load_family",
     "owned_intervals",
+    "read_meta_model",
     "read_network",
-    "read_outline",
     "resolve_model",
     "sampling_options_of",
     "timestep_scale_of",

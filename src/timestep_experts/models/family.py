@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
@@ -30,6 +31,33 @@ TIMESTEP_SCALES: Mapping[str, float] = {"FluxTransformer2DModel": 1000.0}
 
 SECOND_DENOISERS = ("transformer_2",)
 """Further denoisers that a pipeline may have, by name."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a denoiser is trained or measured on, on its device.
+
+    Args:
+        latents: ``(B, c, ...)``, without noise.
+        noise: like the latents.
+        t: ``(B,)``.
+        conditioning: text features, for captions that are dropped those of the empty one.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    t: Tensor
+    conditioning: Conditioning
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """Samples as the denoiser sees them, what it predicts, and what it should predict; all like the latents."""
+
+    noisy: Tensor
+    predicted: Tensor
+    target: Tensor
+
 
 _LATENT_FACTS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
@@ -270,6 +298,12 @@ class Family(ABC):
     @abstractmethod
     def encode_text(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Text features of what `tokenize` gave, in the encoders' dtype; gradients reach experts on the encoders."""
+
+    def denoise(self, samples: Samples) -> Denoised:
+        """Add the noise, predict, and give the target: the base's own loss compares the last two (TSM, eq. 3)."""
+        noisy = self.noise.add_noise(samples.latents, samples.noise, samples.t)
+        predicted = self.predict(noisy, samples.t, samples.conditioning)
+        return Denoised(noisy, predicted, self.noise.target(samples.latents, samples.noise, samples.t))
 
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """What the denoiser says; inputs are cast to its dtype."""

@@ -8,7 +8,7 @@ from timestep_experts.errors import UserError
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture
 from timestep_experts.training.batches import BatchPlan
-from timestep_experts.training.learner import Learner
+from timestep_experts.training.param_group import ParamGroup
 from timestep_experts.training.stage import Denoising, Stage
 
 
@@ -39,17 +39,17 @@ def assemble(mixture: Mixture, settings: AssembleSettings) -> Stage:
     Raises:
         UserError: no scale is gated, so there is nothing to learn.
     """
-    learners = router_learners(mixture, settings)
+    param_groups = router_param_groups(mixture, settings)
     whole = Partition.uniform(1, mixture.spec.num_train_timesteps)
 
-    def speak() -> None:
+    def set_mode() -> None:
         mixture.mode = "route"
 
     plan = BatchPlan(settings.seed, "assemble", whole, settings.train_batch_size, settings.caption_dropout)
-    return Stage("assemble", learners, plan, Denoising(settings.train_batch_size), speak)
+    return Stage("assemble", param_groups, plan, Denoising(settings.train_batch_size), set_mode)
 
 
-def router_learners(mixture: Mixture, settings: AssembleSettings) -> list[Learner]:
+def router_param_groups(mixture: Mixture, settings: AssembleSettings) -> list[ParamGroup]:
     """The routers' maps F and tables E, each at its own rate.
 
     Raises:
@@ -57,11 +57,11 @@ def router_learners(mixture: Mixture, settings: AssembleSettings) -> list[Learne
     """
     maps, tables = mixture.router_parameters()
     kinds = [("router.F", maps, settings.learning_rate), ("router.E", tables, settings.table_learning_rate)]
-    learners = [
-        Learner(name, [(parameter, None) for parameter in parameters], rate, settings.max_train_steps)
+    param_groups = [
+        ParamGroup(name, [(parameter, None) for parameter in parameters], rate, settings.max_train_steps)
         for name, parameters, rate in kinds
         if parameters
     ]
-    if not learners:
+    if not param_groups:
         raise UserError("nothing to assemble: no scale of this mixture is a gated context")
-    return learners
+    return param_groups

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from timestep_experts.data import EncodedPictures
 from timestep_experts.intervals import Interval, Partition, draw_timesteps
-from timestep_experts.models import Family
+from timestep_experts.models import Family, Samples
 
 
 @dataclass(frozen=True)
@@ -19,23 +19,30 @@ class Batch:
     """Training samples on the CPU.
 
     Args:
-        rows: ``(B,)`` int64, pictures in the dataset.
+        indices: ``(B,)`` int64, pictures in the dataset.
         t: ``(B,)``, grouped by stratum from low to high noise.
         noise: ``(B, c, h, w)`` fp32.
         dropped: ``(B,)`` bool, whose caption is replaced by the empty one.
     """
 
-    rows: Tensor
+    indices: Tensor
     t: Tensor
     noise: Tensor
     dropped: Tensor
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.indices)
+
+    def samples(self, pictures: EncodedPictures, family: Family) -> Samples:
+        """These samples on the family's device; text encoders that carry experts encode here, at each sample's t."""
+        device = family.device
+        t = self.t.to(device)
+        conditioning = pictures.features_at(family, self.indices, t, self.dropped)
+        return Samples(pictures.latents[self.indices].to(device), self.noise.to(device), t, conditioning)
 
     def chunks(self, count: int) -> list[Batch]:
         """Cut into micro-batches of (nearly) equal size."""
-        columns = (self.rows, self.t, self.noise, self.dropped)
+        columns = (self.indices, self.t, self.noise, self.dropped)
         return [Batch(*parts) for parts in zip(*(column.chunk(count) for column in columns), strict=True)]
 
 
@@ -76,14 +83,14 @@ class BatchPlan:
             for stratum in self.strata.intervals
             if only is None or only.covers(stratum)
         ]
-        columns = zip(*((part.rows, part.t, part.noise, part.dropped) for part in parts), strict=True)
+        columns = zip(*((part.indices, part.t, part.noise, part.dropped) for part in parts), strict=True)
         return Batch(*(torch.cat(column) for column in columns))
 
     def _draw_stratum(self, stratum: Interval, pictures: EncodedPictures, family: Family, step: int) -> Batch:
         count = self.samples_per_stratum
         generator = generator_for(self.seed, self.stage, str(stratum), step)
         return Batch(
-            rows=self._rows(stratum, len(pictures), step),
+            indices=self._indices(stratum, len(pictures), step),
             t=draw_timesteps(
                 stratum, family.noise.density, count, generator, integer=family.noise.has_integer_timesteps
             ),
@@ -91,7 +98,7 @@ class BatchPlan:
             dropped=torch.rand(count, generator=generator) < self.caption_dropout,
         )
 
-    def _rows(self, stratum: Interval, num_pictures: int, step: int) -> Tensor:
+    def _indices(self, stratum: Interval, num_pictures: int, step: int) -> Tensor:
         """Every stratum walks through its own shuffles of the dataset, epoch after epoch."""
         count = self.samples_per_stratum
         positions = torch.arange(step * count, (step + 1) * count)

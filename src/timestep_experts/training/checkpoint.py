@@ -27,7 +27,7 @@ def save_checkpoint(
     step: int,
     experts: Mapping[str, Tensor],
     optimiser: torch.optim.Optimizer,
-    identity: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
     total_limit: int | None,
 ) -> None:
     """Write ``checkpoint-<step>`` and delete the oldest beyond the limit.
@@ -37,7 +37,7 @@ def save_checkpoint(
         step: optimiser steps done.
         experts: `Mixture.state_dict`.
         optimiser: its state is stored too.
-        identity: what the run is; a later run must say the same to resume.
+        fingerprint: what the run is; a later run must say the same to resume.
         total_limit: how many checkpoints to keep, ``None`` for all.
     """
     tensors, numbers = flatten_optimiser_state(optimiser)
@@ -45,14 +45,14 @@ def save_checkpoint(
         draft.mkdir()
         write_tensors(draft / _EXPERTS, experts)
         write_tensors(draft / _OPTIMISER, tensors)
-        write_json(draft / _STATE, {"step": step, "optimizer": numbers, "identity": dict(identity)})
+        write_json(draft / _STATE, {"step": step, "optimizer": numbers, "fingerprint": dict(fingerprint)})
     if total_limit is not None:
         for old in _checkpoints(folder)[:-total_limit]:
             shutil.rmtree(old)
 
 
 def load_latest_checkpoint(
-    folder: Path, optimiser: torch.optim.Optimizer, identity: Mapping[str, Any]
+    folder: Path, optimiser: torch.optim.Optimizer, fingerprint: Mapping[str, Any]
 ) -> tuple[int, dict[str, Tensor]] | None:
     """Restore the optimiser from the newest checkpoint.
 
@@ -66,12 +66,12 @@ def load_latest_checkpoint(
     if not found:
         return None
     state = json.loads((found[-1] / _STATE).read_text(encoding="utf-8"))
-    require_same_identity(state["identity"], identity, folder)
+    require_same_fingerprint(state["fingerprint"], fingerprint, folder)
     unflatten_optimiser_state(optimiser, load_file(found[-1] / _OPTIMISER), state["optimizer"])
     return state["step"], load_file(found[-1] / _EXPERTS)
 
 
-def require_same_identity(stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+def require_same_fingerprint(stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
     """Refuse to mix two runs in one folder.
 
     Raises:

@@ -18,7 +18,7 @@ from timestep_experts.models import Family, NoiseProcess
 from timestep_experts.objectives import SnrWeighting, loss_weight, squared_error, uncertainty_weighted
 from timestep_experts.training.batches import Batch, BatchPlan, generator_for
 from timestep_experts.training.full_copy import FullCopy
-from timestep_experts.training.learner import Learner
+from timestep_experts.training.param_group import ParamGroup
 from timestep_experts.training.stage import Precision, Stage
 
 Sampling = Literal["sample", "batch"]
@@ -157,17 +157,15 @@ class Decoupling:
         self, family: Family, pictures: EncodedPictures, chunk: Batch, precision: Precision
     ) -> tuple[Tensor, Tensor]:
         """Weighted denoising losses and distances to the teacher, ``(B,)`` each; the latter 0 without one."""
-        device = family.device
-        latents = pictures.latents[chunk.rows].to(device)
-        noise, t = chunk.noise.to(device), chunk.t.to(device)
-        noisy = family.noise.add_noise(latents, noise, t)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            conditioning = pictures.features_at(family, chunk.rows, t, chunk.dropped)
-            predicted = family.predict(noisy, t, conditioning)
-            with torch.no_grad():
-                said = None if self.teacher is None else self.teacher.predict(noisy, t, conditioning)
-        denoising = self.weigh(t, squared_error(predicted, family.noise.target(latents, noise, t)))
-        return denoising, torch.zeros_like(denoising) if said is None else squared_error(predicted, said)
+        with torch.autocast(family.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            samples = chunk.samples(pictures, family)
+            denoised = family.denoise(samples)
+            taught = None
+            if self.teacher is not None:
+                with torch.no_grad():
+                    taught = self.teacher.predict(denoised.noisy, samples.t, samples.conditioning)
+        denoising = self.weigh(samples.t, squared_error(denoised.predicted, denoised.target))
+        return denoising, torch.zeros_like(denoising) if taught is None else squared_error(denoised.predicted, taught)
 
     def backward(
         self, _step: int, /, family: Family, pictures: EncodedPictures, chunk: Batch, precision: Precision
@@ -222,10 +220,12 @@ def decouple(base: Family, settings: DecoupleSettings, index: int) -> Decoupled:
         extra={"uncertainty": uncertainty} if is_uncertain else {},
     )
     steps, name = settings.max_train_steps[index], f"decouple-{index}"
-    learners = [Learner(f"range-{index}", [(p, None) for p in trainee.expert.values()], settings.learning_rate, steps)]
+    param_groups = [
+        ParamGroup(f"range-{index}", [(p, None) for p in trainee.expert.values()], settings.learning_rate, steps)
+    ]
     if is_uncertain:
         own: list[tuple[nn.Parameter, int | None]] = [(uncertainty.log_variance, None)]
-        learners.append(Learner("uncertainty", own, settings.uncertainty_learning_rate, steps, weight_decay=0.0))
+        param_groups.append(ParamGroup("uncertainty", own, settings.uncertainty_learning_rate, steps, weight_decay=0.0))
     plan = DecouplePlan(
         settings.seed,
         name,
@@ -243,7 +243,7 @@ def decouple(base: Family, settings: DecoupleSettings, index: int) -> Decoupled:
         uncertainty if is_uncertain else _snr_weigh(settings.weighting, base.noise),
         settings.train_batch_size,
     )
-    stage = Stage(name, learners, plan, objective, follow=trainee.follow)
+    stage = Stage(name, param_groups, plan, objective, after_step=trainee.follow)
     return Decoupled(stage, trainee, base.with_denoiser(trainee.denoiser))
 
 

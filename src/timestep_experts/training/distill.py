@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from timestep_experts.errors import UserError
 from timestep_experts.mixture import Mixture, Scale
 from timestep_experts.models import Family
-from timestep_experts.training.assemble import AssembleSettings, router_learners
+from timestep_experts.training.assemble import AssembleSettings, router_param_groups
 from timestep_experts.training.discriminator import DiscriminatorHead, middle_shape
 from timestep_experts.training.distill_batches import DistillPlan
 from timestep_experts.training.generator import Generator, copy_base, trainable_copy
-from timestep_experts.training.learner import Learner
 from timestep_experts.training.matching import Adversary, Distilling, Inputs
+from timestep_experts.training.param_group import ParamGroup
 from timestep_experts.training.stage import Stage
 
 ROUTER = "router"
@@ -210,19 +210,19 @@ class _StageMaker:
             for path, stack in zip(self.mixture.layers, self.mixture.stacks(scale.name), strict=True)
             for name in ("A", "B")
         }
-        learner = Learner(expert, list(slices.values()), phase.learning_rates[scale.name][index], steps)
-        own = dict(zip(slices, learner.leaves, strict=True))
+        param_group = ParamGroup(expert, list(slices.values()), phase.learning_rates[scale.name][index], steps)
+        own = dict(zip(slices, param_group.leaves, strict=True))
         batch_size = phase.train_batch_size * len(owned)
         is_first = ending == next(iter(self.settings.phases))
         return self._stage(
             expert,
             f"distill-{expert}{ending}",
-            [learner],
+            [param_group],
             own,
             phase,
             owned,
             batch_size,
-            speak=lambda: self.mixture.foster(scale.name),
+            set_mode=lambda: self.mixture.foster(scale.name),
             prepare=self._start_anew if is_first else self._start_head,
         )
 
@@ -230,18 +230,18 @@ class _StageMaker:
         """All routers, over frozen experts."""
         *_, phase = self.settings.phases.values()
 
-        def speak() -> None:
+        def set_mode() -> None:
             self.mixture.mode = "route"
 
         return self._stage(
             ROUTER,
             "assemble",
-            router_learners(self.mixture, assembling),
+            router_param_groups(self.mixture, assembling),
             {name: value for name, value in self.mixture.state_dict().items() if ".router." in name},
             phase,
             tuple(range(len(self.settings.timesteps))),
             assembling.train_batch_size,
-            speak=speak,
+            set_mode=set_mode,
             prepare=self._start_anew,
         )
 
@@ -249,22 +249,22 @@ class _StageMaker:
         self,
         expert: str,
         name: str,
-        learners: Sequence[Learner],
+        param_groups: Sequence[ParamGroup],
         own: Mapping[str, Tensor],
         phase: PhaseSettings,
         owned: tuple[int, ...],
         batch_size: int,
         *,
-        speak: Callable[[], None],
+        set_mode: Callable[[], None],
         prepare: Callable[[], None],
     ) -> DistillStage:
         head = self.head if phase.adversary is not None else None
         critics: Any = [self.fake.denoiser, *([] if head is None else [head])]
-        critic = Learner(
+        critic = ParamGroup(
             "fake",
             [(parameter, None) for module in critics for parameter in module.parameters()],
             phase.fake_learning_rate,
-            max(learner.max_train_steps for learner in learners),
+            max(param_group.max_train_steps for param_group in param_groups),
         )
         settings = self.settings
         objective = Distilling(
@@ -288,7 +288,7 @@ class _StageMaker:
             settings.caption_dropout,
             head is not None,
         )
-        stage = Stage(name, [*learners, critic], plan, objective, speak, prepare, report=objective.take_values)
+        stage = Stage(name, [*param_groups, critic], plan, objective, set_mode, prepare, report=objective.take_values)
         return DistillStage(expert, stage, Distilled(own, self.mixture, self.fake.denoiser, head))
 
     def _start_anew(self) -> None:

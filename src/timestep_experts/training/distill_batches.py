@@ -99,7 +99,7 @@ class DistillPlan:
         shape = (self.batch_size, int(places.max()) + 1, *pictures.latents.shape[1:])
         renoise = torch.randn(shape, generator=generator_for(self.seed, self.stage, "path", step))
         return DistillBatch(
-            rows=plain.rows,
+            indices=plain.indices,
             t=torch.tensor(self.timesteps)[places],
             noise=renoise[:, 0],
             dropped=plain.dropped,

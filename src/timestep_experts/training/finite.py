@@ -26,7 +26,7 @@ class FiniteWatch:
     def __init__(self, stage: Stage, folder: Path, device: torch.device) -> None:
         self.stage, self.folder = stage, folder
         self.losses = torch.full((len(stage.plan.strata),), _NEVER, device=device)
-        self.gradients = torch.full((len(stage.learners),), _NEVER, device=device)
+        self.gradients = torch.full((len(stage.param_groups),), _NEVER, device=device)
 
     def note_losses(self, step: int, strata: Tensor, losses: Tensor) -> None:
         """Losses ``(B,)`` of samples in strata ``(B,)`` at a step, from 0."""
@@ -34,7 +34,7 @@ class FiniteWatch:
         self.losses.scatter_reduce_(0, strata, steps, "amin")
 
     def note_gradients(self, step: int, norms: Sequence[Tensor]) -> None:
-        """One gradient norm per learner."""
+        """One gradient norm per param_group."""
         steps = torch.where(torch.stack(list(norms)).to(self.gradients.device).isfinite(), _NEVER, step)
         self.gradients = torch.minimum(self.gradients, steps)
 
@@ -45,13 +45,13 @@ class FiniteWatch:
             UserError: something was not finite; names the stage, the step, the interval and the experts.
         """
         lines = [
-            f"the loss of {interval}, of {', '.join(self.stage.learners_of(interval))}, since step {step + 1}"
+            f"the loss of {interval}, of {', '.join(self.stage.param_groups_of(interval))}, since step {step + 1}"
             for interval, step in zip(self.stage.plan.strata.intervals, self.losses.tolist(), strict=True)
             if step != _NEVER
         ]
         lines += [
-            f"the gradient of {learner.name}, since step {step + 1}"
-            for learner, step in zip(self.stage.learners, self.gradients.tolist(), strict=True)
+            f"the gradient of {param_group.name}, since step {step + 1}"
+            for param_group, step in zip(self.stage.param_groups, self.gradients.tolist(), strict=True)
             if step != _NEVER
         ]
         if lines:

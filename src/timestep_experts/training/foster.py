@@ -13,7 +13,7 @@ from timestep_experts.errors import UserError
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, Scale
 from timestep_experts.training.batches import BatchPlan
-from timestep_experts.training.learner import Learner
+from timestep_experts.training.param_group import ParamGroup
 from timestep_experts.training.stage import Denoising, Stage
 
 FosterMethod = Literal["independent", "coarse_to_fine", "joint"]
@@ -73,26 +73,28 @@ def _stage(
     names = [scale.name for scale in scales]
     return Stage(
         name=name,
-        learners=[learner for scale in scales for learner in _experts(mixture, settings, scale, strata, share)],
+        param_groups=[
+            param_group for scale in scales for param_group in _experts(mixture, settings, scale, strata, share)
+        ],
         plan=BatchPlan(settings.seed, name, strata, settings.train_batch_size, settings.caption_dropout),
         objective=Denoising(settings.train_batch_size),
-        speak=lambda: mixture.foster(*names),
+        set_mode=lambda: mixture.foster(*names),
     )
 
 
 def _experts(
     mixture: Mixture, settings: FosterSettings, scale: Scale, strata: Partition, share: float
-) -> list[Learner]:
+) -> list[ParamGroup]:
     groups: dict[tuple[float, float | None], list[str]] = {}
     for network in mixture.networks:
         own = settings.rate_factors.get(network, 1.0), settings.weight_decays.get(network)
         groups.setdefault(own, []).append(network)
-    learners = []
+    param_groups = []
     for (index, interval), (own, networks) in product(enumerate(scale.partition.intervals), groups.items()):
         factor, weight_decay = own
         owned = sum(interval.covers(stratum) for stratum in strata.intervals)
-        learners.append(
-            Learner(
+        param_groups.append(
+            ParamGroup(
                 name=f"{scale.name}.{index}" + (f".{'+'.join(networks)}" if len(groups) > 1 else ""),
                 slices=list(mixture.expert(scale.name, index, networks)),
                 learning_rate=settings.learning_rates[scale.name][index] * factor,
@@ -102,7 +104,7 @@ def _experts(
                 interval=interval,
             )
         )
-    return learners
+    return param_groups
 
 
 def _require_nesting(scales: Sequence[Scale]) -> None:

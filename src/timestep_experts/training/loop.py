@@ -1,4 +1,4 @@
-"""The training loop. It knows learners, batches and a loss; what is fostered or assembled it does not know."""
+"""The training loop. It knows param_groups, batches and a loss; what is fostered or assembled it does not know."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from timestep_experts.errors import UserError
 from timestep_experts.formats.atomic import write_json, write_tensors
 from timestep_experts.models import Family
 from timestep_experts.training.batches import Batch, generator_for
-from timestep_experts.training.checkpoint import load_latest_checkpoint, require_same_identity, save_checkpoint
+from timestep_experts.training.checkpoint import load_latest_checkpoint, require_same_fingerprint, save_checkpoint
 from timestep_experts.training.finite import FiniteWatch
-from timestep_experts.training.learner import learning_rate_factor
 from timestep_experts.training.log import RunLog
 from timestep_experts.training.optimiser import OptimiserSettings, set_learning_rate
-from timestep_experts.training.stage import Plan, Precision, Stage, Trainee, gradients_of
+from timestep_experts.training.param_group import learning_rate_factor
+from timestep_experts.training.stage import Plan, Precision, Stage, Trainable, gradients_of
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ Observer = Callable[[int, RunLog], None]
 
 def run_stage(
     stage: Stage,
-    trainee: Trainee,
+    trainee: Trainable,
     family: Family,
     pictures: EncodedPictures,
     optimiser_settings: OptimiserSettings,
     settings: LoopSettings,
     folder: Path,
-    identity: Mapping[str, Any],
+    fingerprint: Mapping[str, Any],
     observe: Observer | None = None,
 ) -> None:
     """Train one stage, going on from the newest checkpoint in ``folder``; a finished stage is only loaded.
@@ -72,7 +72,7 @@ def run_stage(
         optimiser_settings: see there.
         settings: see there.
         folder: of the stage; receives ``checkpoint-N/``, ``log.jsonl``, ``tensorboard/`` and ``result.safetensors``.
-        identity: what the run is; a folder of a run with another identity is refused.
+        fingerprint: what the run is; a folder of a run with another fingerprint is refused.
         observe: called every ``validation_steps`` and at the end.
 
     Raises:
@@ -82,11 +82,11 @@ def run_stage(
     _require_empty_caption(stage.plan, family)
     result = folder / "result.safetensors"
     if result.is_file():
-        require_same_identity(_read_identity(folder), identity, folder)
+        require_same_fingerprint(_read_fingerprint(folder), fingerprint, folder)
         trainee.load_state_dict(load_file(result))
         return
-    optimiser = optimiser_settings.build(stage.learners)
-    start = _start(stage, trainee, optimiser, folder, identity)
+    optimiser = optimiser_settings.build(stage.param_groups)
+    start = _start(stage, trainee, optimiser, folder, fingerprint)
     watch = FiniteWatch(stage, folder, family.device)
     stepper = _Stepper(stage, watch, family, pictures, optimiser, optimiser_settings, settings)
     with RunLog(folder, start) as log, gradients_of(stage, trainee):
@@ -105,11 +105,11 @@ def run_stage(
                 bar.set_postfix(loss=f"{values['loss']:.4f}")
             if is_saved:
                 limit = settings.checkpoints_total_limit
-                save_checkpoint(folder, done, trainee.state_dict(), optimiser, identity, limit)
+                save_checkpoint(folder, done, trainee.state_dict(), optimiser, fingerprint, limit)
             if observe and is_observed:
                 observe(done, log)
                 stepper.restart_clock()
-    write_json(folder / "identity.json", dict(identity))
+    write_json(folder / "fingerprint.json", dict(fingerprint))
     write_tensors(result, trainee.state_dict())
 
 
@@ -131,7 +131,7 @@ class _Stepper:
         self.max_grad_norm = optimiser_settings.max_grad_norm
         self.factors = [
             learning_rate_factor(optimiser_settings.lr_scheduler, optimiser_settings.lr_warmup_steps, steps)
-            for steps in (learner.max_train_steps for learner in stage.learners)
+            for steps in (param_group.max_train_steps for param_group in stage.param_groups)
         ]
         self.parameters = stage.parameters()
         self._forget_log()
@@ -139,25 +139,27 @@ class _Stepper:
     def step(self, step: int) -> None:
         """Draw, run, share out the gradients, update."""
         batch = self.stage.plan.draw(self.pictures, self.family, step)
-        self.stage.speak()
+        self.stage.set_mode()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator_for(self.stage.plan.seed, self.stage.name, "dropout", step).initial_seed())
             for chunk in batch.chunks(self.settings.gradient_accumulation_steps):
                 self._backward(step, chunk)
         norms = []
-        for group, learner, factor in zip(self.optimiser.param_groups, self.stage.learners, self.factors, strict=True):
-            if step < learner.max_train_steps:
-                set_learning_rate(group, learner.learning_rate * factor(step))
-                norms.append(learner.take_gradients(self.max_grad_norm))
+        for group, param_group, factor in zip(
+            self.optimiser.param_groups, self.stage.param_groups, self.factors, strict=True
+        ):
+            if step < param_group.max_train_steps:
+                set_learning_rate(group, param_group.learning_rate * factor(step))
+                norms.append(param_group.take_gradients(self.max_grad_norm))
             else:
                 norms.append(self.loss_sums.new_zeros(()))
         self.watch.note_gradients(step, norms)
         self.optimiser.step()
-        for learner in self.stage.learners:
-            learner.drop_gradients()
+        for param_group in self.stage.param_groups:
+            param_group.drop_gradients()
         for parameter in self.parameters:
             parameter.grad = None
-        self.stage.follow(step + 1)
+        self.stage.after_step(step + 1)
 
     def _backward(self, step: int, chunk: Batch) -> None:
         precision = self.settings.mixed_precision
@@ -201,10 +203,10 @@ def _require_empty_caption(plan: Plan, family: Family) -> None:
 
 
 def _start(
-    stage: Stage, trainee: Trainee, optimiser: torch.optim.Optimizer, folder: Path, identity: Mapping[str, Any]
+    stage: Stage, trainee: Trainable, optimiser: torch.optim.Optimizer, folder: Path, fingerprint: Mapping[str, Any]
 ) -> int:
     """Steps done; trainee and optimiser are put where they were then."""
-    resumed = load_latest_checkpoint(folder, optimiser, identity)
+    resumed = load_latest_checkpoint(folder, optimiser, fingerprint)
     if resumed is None:
         stage.prepare()
         return 0
@@ -217,6 +219,6 @@ def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def _read_identity(folder: Path) -> dict[str, Any]:
-    stored: dict[str, Any] = json.loads((folder / "identity.json").read_text(encoding="utf-8"))
+def _read_fingerprint(folder: Path) -> dict[str, Any]:
+    stored: dict[str, Any] = json.loads((folder / "fingerprint.json").read_text(encoding="utf-8"))
     return stored

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from timestep_experts.data import EncodedPictures
 from timestep_experts.mixture import Mixture
-from timestep_experts.models import Family
+from timestep_experts.models import Family, Samples
 from timestep_experts.models.family import Conditioning
 from timestep_experts.objectives import (
     clean_from_noise,
@@ -126,13 +126,13 @@ class _Moment:
     ) -> None:
         self.owner, self.family, self.pictures, self.chunk = owner, family, pictures, chunk
         self.device, self.precision = family.device, precision
-        self.latents = pictures.latents[chunk.rows].to(self.device)
+        self.latents = pictures.latents[chunk.indices].to(self.device)
         self.conditioning = self._conditioning(torch.arange(len(chunk)))
 
     def _conditioning(self, places: Tensor, *, without_caption: bool = False) -> Conditioning:
         dropped = self.chunk.dropped[places]
         wanted = torch.ones_like(dropped) if without_caption else dropped
-        return self.pictures.conditioning(self.chunk.rows[places], self.device, wanted)
+        return self.pictures.conditioning(self.chunk.indices[places], self.device, wanted)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -173,10 +173,8 @@ class _Moment:
         """``mean (F(z) - n)^2`` of each sample: the fake score is the denoiser of what the generator makes."""
         again = self.chunk.renoisings["fake"].to(self.device)
         with self._autocast():
-            said = self.owner.fake.predict(
-                self.family.noise.add_noise(clean, again.noise, again.t), again.t, self.conditioning
-            )
-        return squared_error(said, again.noise)
+            denoised = self.owner.fake.denoise(Samples(clean, again.noise, again.t, self.conditioning))
+        return squared_error(denoised.predicted, denoised.target)
 
     def logits(self, clean: Tensor, purpose: Literal["adversarial", "generated", "real"]) -> Tensor:
         """What the discriminator thinks of pictures, made noisy."""

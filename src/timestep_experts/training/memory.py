@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from timestep_experts.data import EncodedPictures
 from timestep_experts.models import Family
 from timestep_experts.training.batches import Batch
-from timestep_experts.training.stage import Precision, Stage, Trainee, gradients_of
+from timestep_experts.training.stage import Precision, Stage, Trainable, gradients_of
 
 _FP32_ON_ACCELERATORS = ("group_norm", "layer_norm", "softmax")
 
@@ -126,7 +126,7 @@ def fake_pictures(family: Family, pixel_shape: Sequence[int], *, as_tokens: bool
 
 def step_peak(
     stage: Stage,
-    trainee: Trainee,
+    trainee: Trainable,
     family: Family,
     pictures: EncodedPictures,
     accumulation_steps: int,
@@ -153,7 +153,7 @@ def step_peak(
     chunk = _fake_batch(-(-stage.plan.batch_size // accumulation_steps), pictures, family)
     held = [*_tensors_of(family), *parameters, pictures.latents, *pictures.features.values()]
     meter = PeakMeter(held)
-    stage.speak()
+    stage.set_mode()
     with gradients_of(stage, trainee), autocast_of_accelerators() if on_accelerator else nullcontext():
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter) if accumulation_steps > 1 else None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from timestep_experts.errors import UserError
 from timestep_experts.training.checkpoint import flatten_optimiser_state
-from timestep_experts.training.learner import Learner
+from timestep_experts.training.param_group import ParamGroup
 
 LIBRARIES: Mapping[str, str] = {"bitsandbytes": "bitsandbytes.optim", "torchao": "torchao.optim"}
 """Modules whose optimisers are named ``<library>.<class>``; a name without a library is of ``torch.optim``."""
@@ -32,7 +32,7 @@ class OptimiserSettings:
         options: its keyword arguments, but for the learning rate.
         lr_scheduler: a schedule of diffusers, e.g. ``constant``, ``constant_with_warmup``, ``linear``, ``cosine``.
         lr_warmup_steps: of the schedule.
-        max_grad_norm: per learner; ``None`` clips nothing.
+        max_grad_norm: per param_group; ``None`` clips nothing.
     """
 
     name: str = "AdamW"
@@ -41,13 +41,13 @@ class OptimiserSettings:
     lr_warmup_steps: int = 0
     max_grad_norm: float | None = 1.0
 
-    def build(self, learners: Sequence[Learner]) -> torch.optim.Optimizer:
-        """One parameter group per learner.
+    def build(self, param_groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
+        """One parameter group per param_group.
 
         Raises:
             UserError: see `make_optimiser`.
         """
-        return make_optimiser(self.name, self.options, [learner.parameter_group for learner in learners])
+        return make_optimiser(self.name, self.options, [param_group.parameter_group for param_group in param_groups])
 
 
 def make_optimiser(name: str, options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:

@@ -15,12 +15,12 @@ from timestep_experts.intervals import Interval, Partition
 from timestep_experts.models import Family
 from timestep_experts.objectives import squared_error
 from timestep_experts.training.batches import Batch
-from timestep_experts.training.learner import Learner
+from timestep_experts.training.param_group import ParamGroup
 
 Precision = Literal["no", "bf16"]
 
 
-class Trainee(Protocol):
+class Trainable(Protocol):
     """What a stage changes: a mixture, a copy of the denoiser, or several networks."""
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -32,7 +32,7 @@ class Trainee(Protocol):
         ...
 
     def trained_modules(self) -> Iterable[nn.Module]:
-        """The modules that are put into training mode, frozen but for what learners own."""
+        """The modules that are put into training mode, frozen but for what param_groups own."""
         ...
 
 
@@ -93,13 +93,9 @@ class Denoising:
         self, _step: int, /, family: Family, pictures: EncodedPictures, chunk: Batch, precision: Precision
     ) -> Tensor:
         """See `Objective`."""
-        device = family.device
-        latents = pictures.latents[chunk.rows].to(device)
-        noise, t = chunk.noise.to(device), chunk.t.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            conditioning = pictures.features_at(family, chunk.rows, t, chunk.dropped)
-            predicted = family.predict(family.noise.add_noise(latents, noise, t), t, conditioning)
-        losses = squared_error(predicted, family.noise.target(latents, noise, t))
+        with torch.autocast(family.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            denoised = family.denoise(chunk.samples(pictures, family))
+        losses = squared_error(denoised.predicted, denoised.target)
         (losses.sum() / self.samples_per_mean).backward()  # type: ignore[no-untyped-call]
         return losses.detach()
 
@@ -110,40 +106,40 @@ class Stage:
 
     Args:
         name: of its folder and its random numbers.
-        learners: what is optimised; everything else stays frozen.
+        param_groups: what is optimised; everything else stays frozen.
         plan: how batches are drawn.
         objective: what is minimised.
-        speak: called before each step; puts a mixture into the mode of this stage.
+        set_mode: called before each step; puts a mixture into the mode of this stage.
         prepare: changes the trainee before the first step, and not when resuming.
-        follow: called after each optimiser step, with the number of steps done.
+        after_step: called after each optimiser step, with the number of steps done.
         report: further values for the log, since it was last asked.
     """
 
     name: str
-    learners: Sequence[Learner]
+    param_groups: Sequence[ParamGroup]
     plan: Plan
     objective: Objective
-    speak: Callable[[], None] = lambda: None
+    set_mode: Callable[[], None] = lambda: None
     prepare: Callable[[], None] = lambda: None
-    follow: Callable[[int], None] = lambda _: None
+    after_step: Callable[[int], None] = lambda _: None
     report: Callable[[], Mapping[str, float]] = dict
 
     @property
     def num_steps(self) -> int:
-        """Until the last learner's budget is spent."""
-        return max(learner.max_train_steps for learner in self.learners)
+        """Until the last param_group's budget is spent."""
+        return max(param_group.max_train_steps for param_group in self.param_groups)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The stacked parameters of which learners own slices, each once."""
-        return list({id(p): p for learner in self.learners for p, _ in learner.slices}.values())
+        """The stacked parameters of which param_groups own slices, each once."""
+        return list({id(p): p for param_group in self.param_groups for p, _ in param_group.slices}.values())
 
-    def learners_of(self, stratum: Interval) -> list[str]:
+    def param_groups_of(self, stratum: Interval) -> list[str]:
         """The names of those who learn from a stratum's samples."""
-        return [item.name for item in self.learners if item.interval is None or item.interval.covers(stratum)]
+        return [item.name for item in self.param_groups if item.interval is None or item.interval.covers(stratum)]
 
 
 @contextmanager
-def gradients_of(stage: Stage, trainee: Trainee) -> Iterator[None]:
+def gradients_of(stage: Stage, trainee: Trainable) -> Iterator[None]:
     """While open, exactly this stage's parameters require gradients, and dropout is on."""
     modules = list(trainee.trained_modules())
     for module in modules:

@@ -21,7 +21,7 @@ from timestep_experts.formats.model_folders import find_weights
 from timestep_experts.intervals import NUM_TRAIN_TIMESTEPS
 from timestep_experts.merging import Truncated, task_vector, truncate_matrix
 from timestep_experts.mixture.geometry import LayerGeometry
-from timestep_experts.models import read_network, read_outline
+from timestep_experts.models import read_meta_model, read_network
 from timestep_experts.weights.inputs import MergeInput, check_descent, finite_tensor, hash_inputs
 from timestep_experts.weights.lora import RECORD, LoraSettings, check_folder_to_make
 from timestep_experts.weights.merge import check_fit
@@ -129,12 +129,12 @@ def _truncate(
 
 def _read_network(base: Path, component: str | None) -> _Network:
     if (base / "model_index.json").is_file():
-        outline = read_outline(str(base))
-        networks = {**outline.denoisers, **outline.text_encoders}
+        meta_model = read_meta_model(str(base))
+        networks = {**meta_model.denoisers, **meta_model.text_encoders}
         name = component or find_weights(base).name
         if name not in networks:
             raise UserError(f"{base} has no denoiser or text encoder {name!r}; it has {', '.join(networks)}")
-        return _network(name, networks[name], outline.num_train_timesteps)
+        return _network(name, networks[name], meta_model.num_train_timesteps)
     if not (base / "config.json").is_file():
         raise UserError(
             f"{base} must be a pipeline's folder, or a denoiser's with its config.json: layers are not named in weights"

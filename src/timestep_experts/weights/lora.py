@@ -24,7 +24,7 @@ from timestep_experts.inference import attach, detach
 from timestep_experts.intervals import Interval
 from timestep_experts.merging import LowRank, Truncated, Weights, truncate, weighted_sum
 from timestep_experts.mixture.geometry import LayerGeometry
-from timestep_experts.models import read_outline, resolve_model
+from timestep_experts.models import read_meta_model, resolve_model
 from timestep_experts.weights.measured import MeasuredBase
 from timestep_experts.weights.search import Search, search_weights, write_search
 from timestep_experts.weights.search_methods import SearchSettings
@@ -169,11 +169,11 @@ def read_parts(bundle: Bundle, model: str) -> tuple[dict[str, list[LowRank]], di
     Raises:
         UserError: the base lacks a layer, or the experts have other shapes.
     """
-    outline = read_outline(model)
-    networks = {**outline.denoisers, **outline.text_encoders}
+    meta_model = read_meta_model(model)
+    networks = {**meta_model.denoisers, **meta_model.text_encoders}
     parts, layers = {}, {}
     for path, updates in updates_of(bundle).items():
-        full = path if path.partition(".")[0] in networks else f"{outline.family.denoiser_name}.{path}"
+        full = path if path.partition(".")[0] in networks else f"{meta_model.family.denoiser_name}.{path}"
         layers[full] = geometry = _geometry(networks, full, model)
         parts[full] = [replace(update, groups=geometry.groups) for update in updates]
         for update in updates:

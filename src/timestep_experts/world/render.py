@@ -86,11 +86,11 @@ def _paint_neon(picture: Array, item: SceneObject, x: Array, y: Array, pixel: fl
     distance = shape_distance(item.shape, x, y)
     marks = texture_coverage(item.texture, x, y, pixel)[..., None]
     inside = _coverage(distance, pixel)[..., None]
-    outline = _coverage(np.abs(distance) - 0.07, pixel)[..., None]
+    meta_model = _coverage(np.abs(distance) - 0.07, pixel)[..., None]
     glow = (0.35 * np.exp(-np.maximum(distance, 0) / 0.22))[..., None] * (1 - inside)
     fill = colour * (0.28 + 0.62 * marks)
     lit = picture * (1 - inside) + fill * inside + colour * glow
-    return lit * (1 - outline) + colour * outline
+    return lit * (1 - meta_model) + colour * meta_model
 
 
 def _coverage(distance: Array, pixel: float) -> Array:
@@ -121,7 +121,7 @@ def texture_coverage(texture: str, x: Array, y: Array, pixel: float) -> Array:
 
 
 def shape_distance(shape: str, x: Array, y: Array) -> Array:
-    """Signed distance to the outline of a shape of about unit radius, negative inside."""
+    """Signed distance to the meta_model of a shape of about unit radius, negative inside."""
     if shape == "circle":
         return np.hypot(x, y) - 0.92
     if shape == "square":

@@ -50,7 +50,7 @@ from timestep_experts.jobs.plan import (
 from timestep_experts.jobs.stages import Preview, train_stage
 from timestep_experts.merging import fold, folded_layers
 from timestep_experts.mixture import Mixture, ParameterCount
-from timestep_experts.models import Family, Outline
+from timestep_experts.models import Family, MetaModel
 from timestep_experts.training import Decoupled, DecoupleSettings, decouple
 from timestep_experts.training.full_copy import FullCopy, matching_names
 from timestep_experts.training.memory import fake_networks, fake_pictures, step_peak
@@ -175,27 +175,31 @@ class Decoupling:
             with_memory: estimate memory too.
             indices: only these ranges; ``None`` for all.
         """
-        outline = read_base(self.recipe)
-        settings = self.settings(outline.num_train_timesteps)
-        family = outline.make_family()
+        meta_model = read_base(self.recipe)
+        settings = self.settings(meta_model.num_train_timesteps)
+        family = meta_model.make_family()
         plans = []
         for number in range(len(settings.partition)) if indices is None else indices:
             plan = count_stage(self.variant.name, decouple(family, settings, number).stage)
             plans.append(replace(plan, samples_per_expert=(plan.samples, plan.samples), num_experts=1))
         if not with_memory:
             return plans
-        memory = self._estimate(outline, family, settings)
+        memory = self._estimate(meta_model, family, settings)
         return [replace(plan, memory=memory) for plan in plans]
 
-    def _estimate(self, outline: Outline, family: Family, settings: DecoupleSettings) -> Memory:
+    def _estimate(self, meta_model: MetaModel, family: Family, settings: DecoupleSettings) -> Memory:
         """The memory of one range's training, which is that of every other one: a step of it on fake tensors."""
         recipe, training = self.recipe, self.recipe.training
         on_accelerator = planned_device(recipe) != "cpu"
-        base = base_bytes(recipe, outline, trains_text=False)
+        base = base_bytes(recipe, meta_model, trains_text=False)
         if not settings.consistency and on_accelerator:
             base -= sum(tensor.nbytes for tensor in (*family.denoiser.parameters(), *family.denoiser.buffers()))
         prepare_for_memory(recipe, family)
-        networks = [*outline.denoisers.values(), *outline.text_encoders.values(), *outline.autoencoders.values()]
+        networks = [
+            *meta_model.denoisers.values(),
+            *meta_model.text_encoders.values(),
+            *meta_model.autoencoders.values(),
+        ]
         with fake_networks(networks):
             pictures = fake_pictures(family, pixel_shape(recipe, family), as_tokens=False)
             with warnings.catch_warnings():  # a copy of a fake tensor asks for its address
@@ -214,7 +218,7 @@ class Decoupling:
         trained = 4 * sum(parameter.numel() for parameter in made.stage.parameters())
         copies = sum(4 * p.numel() for p in made.trainee.denoiser.parameters())
         copies += trained * (settings.ema_decay is not None)
-        shapes = [leaf.shape for learner in made.stage.learners for leaf in learner.leaves]
+        shapes = [leaf.shape for param_group in made.stage.param_groups for leaf in param_group.leaves]
         return Memory(base, copies + trained + state_bytes(optimiser.name, optimiser.options, shapes), peak - trained)
 
 

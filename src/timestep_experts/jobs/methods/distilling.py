@@ -30,7 +30,7 @@ from timestep_experts.jobs.plan import StagePlan, read_base
 from timestep_experts.jobs.stages import fingerprint, preview_experts, train_stage
 from timestep_experts.mixture import Mixture, Mode
 from timestep_experts.models import Family
-from timestep_experts.training.checkpoint import require_same_identity
+from timestep_experts.training.checkpoint import require_same_fingerprint
 from timestep_experts.training.distill import DistillSettings, DistillStage, distill, distill_router
 
 
@@ -144,8 +144,8 @@ class Distilling:
     def _load_generator(self, item: DistillStage, context: RunContext) -> None:
         """Load only the expert of a finished stage: nobody goes on with its fake score."""
         folder = self.paths.stage(item.stage.name)
-        stored = json.loads((folder / "identity.json").read_text(encoding="utf-8"))
-        require_same_identity(stored, fingerprint(self.recipe, context, self._deciding(item)), folder)
+        stored = json.loads((folder / "fingerprint.json").read_text(encoding="utf-8"))
+        require_same_fingerprint(stored, fingerprint(self.recipe, context, self._deciding(item)), folder)
         with safe_open(folder / RESULT, "pt") as opened:
             for name, tensor in item.trainee.own.items():
                 tensor.copy_(opened.get_tensor(f"generator.{name}"))
@@ -195,11 +195,11 @@ class Distilling:
 
     def plan(self, *, with_memory: bool = False) -> list[StagePlan]:  # noqa: ARG002 - it is not known how to estimate
         """See `Method`. An expert or the routers are trained, and the fake score: a copy of the whole denoiser."""
-        outline = read_base(self.recipe)
-        networks, targets = build_targets(self.config.experts, outline.denoisers, outline.text_encoders)
-        spec = build_spec(self.config.experts, outline.num_train_timesteps)
-        mixture = Mixture.attach(networks, spec, targets, owned=outline.owned_intervals)
-        family = outline.make_family()
+        meta_model = read_base(self.recipe)
+        networks, targets = build_targets(self.config.experts, meta_model.denoisers, meta_model.text_encoders)
+        spec = build_spec(self.config.experts, meta_model.num_train_timesteps)
+        mixture = Mixture.attach(networks, spec, targets, owned=meta_model.owned_intervals)
+        family = meta_model.make_family()
         settings = self._settings(family)
         stages = distill(mixture, family, settings)
         if self.assembles:
@@ -209,11 +209,11 @@ class Distilling:
 
     def _count(self, item: DistillStage) -> StagePlan:
         samples = item.stage.num_steps * item.stage.plan.batch_size
-        leaves = [leaf for learner in item.stage.learners for leaf in learner.leaves]
+        leaves = [leaf for param_group in item.stage.param_groups for leaf in param_group.leaves]
         return StagePlan(
             variant=self.variant.name,
             stage=item.stage.name,
-            num_experts=len(item.stage.learners) - 1,
+            num_experts=len(item.stage.param_groups) - 1,
             trainable=sum(leaf.numel() for leaf in leaves),
             steps=item.stage.num_steps,
             samples_per_expert=(samples, samples),

@@ -37,7 +37,7 @@ from timestep_experts.jobs.plan import (
 )
 from timestep_experts.jobs.stages import preview_experts, train_stage
 from timestep_experts.mixture import Mixture, Mode
-from timestep_experts.models import Outline
+from timestep_experts.models import MetaModel
 from timestep_experts.training import assemble, foster
 from timestep_experts.training.memory import fake_networks, fake_pictures, step_peak
 from timestep_experts.training.optimiser import state_bytes
@@ -148,12 +148,12 @@ class Fostering:
 
     def plan(self, *, with_memory: bool = False) -> list[StagePlan]:
         """See `Method`."""
-        outline = read_base(self.recipe)
-        base = base_bytes(self.recipe, outline, trains_text=self.config.experts.text_target_modules is not None)
-        mixture = attach_to_outline(self.config, outline)
+        meta_model = read_base(self.recipe)
+        base = base_bytes(self.recipe, meta_model, trains_text=self.config.experts.text_target_modules is not None)
+        mixture = attach_to_meta_model(self.config, meta_model)
 
         def make_stages() -> list[Stage]:
-            stages = foster(mixture, build_foster_settings(self.recipe, self.config, outline.text_encoders))
+            stages = foster(mixture, build_foster_settings(self.recipe, self.config, meta_model.text_encoders))
             if not self.assembles:
                 return stages
             return [*stages, assemble(mixture, build_assemble_settings(self.recipe, self._assemble_config()))]
@@ -161,18 +161,22 @@ class Fostering:
         plans = [count_stage(self.variant.name, stage) for stage in make_stages()]
         if not with_memory:
             return plans
-        memory = self._estimate(outline, mixture, make_stages, base)
+        memory = self._estimate(meta_model, mixture, make_stages, base)
         return [replace(plan, memory=estimated) for plan, estimated in zip(plans, memory, strict=True)]
 
     def _estimate(
-        self, outline: Outline, mixture: Mixture, make_stages: Callable[[], list[Stage]], base: int
+        self, meta_model: MetaModel, mixture: Mixture, make_stages: Callable[[], list[Stage]], base: int
     ) -> list[Memory]:
         """The memory of each stage: one step of it on fake tensors."""
         recipe, training = self.recipe, self.recipe.training
-        family = outline.make_family(with_second_denoiser=False)  # a sample meets one of two, and they are alike
+        family = meta_model.make_family(with_second_denoiser=False)  # a sample meets one of two, and they are alike
         prepare_for_memory(recipe, family)
         as_tokens = self.config.experts.text_target_modules is not None
-        networks = [*outline.denoisers.values(), *outline.text_encoders.values(), *outline.autoencoders.values()]
+        networks = [
+            *meta_model.denoisers.values(),
+            *meta_model.text_encoders.values(),
+            *meta_model.autoencoders.values(),
+        ]
         with fake_networks(networks):
             pictures = fake_pictures(family, pixel_shape(recipe, family), as_tokens=as_tokens)
             stages = make_stages()  # of the parameters that have become fake
@@ -199,12 +203,12 @@ class Fostering:
         is_second = stage.name == "assemble" and self.config.assemble is not None
         source = self.config.assemble if is_second and self.config.assemble is not None else self.config
         settings = build_optimiser_settings(source.optimizer)
-        shapes = [leaf.shape for learner in stage.learners for leaf in learner.leaves]
+        shapes = [leaf.shape for param_group in stage.param_groups for leaf in param_group.leaves]
         return state_bytes(settings.name, settings.options, shapes)
 
 
-def attach_to_outline(config: FosterConfig, outline: Outline) -> Mixture:
+def attach_to_meta_model(config: FosterConfig, meta_model: MetaModel) -> Mixture:
     """The method's experts on the meta device."""
-    networks, targets = build_targets(config.experts, outline.denoisers, outline.text_encoders)
-    spec = build_spec(config.experts, outline.num_train_timesteps)
-    return Mixture.attach(networks, spec, targets, owned=outline.owned_intervals)
+    networks, targets = build_targets(config.experts, meta_model.denoisers, meta_model.text_encoders)
+    spec = build_spec(config.experts, meta_model.num_train_timesteps)
+    return Mixture.attach(networks, spec, targets, owned=meta_model.owned_intervals)

@@ -21,7 +21,7 @@ from timestep_experts.models.wan import split_at
 
 
 @dataclass(frozen=True)
-class Outline:
+class MetaModel:
     """What a folder's configurations say.
 
     Args:
@@ -46,7 +46,7 @@ class Outline:
 
     def cast_to(self, dtype: torch.dtype) -> None:
         """All networks in another dtype, but for the parts that diffusers keeps in fp32."""
-        for network in self._networks().values():
+        for network in self.networks().values():
             kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
             for name, parameter in network.named_parameters():
                 if kept.isdisjoint(name.split(".")):
@@ -64,13 +64,14 @@ class Outline:
             UserError: what is loaded is missing or unreadable.
         """
         left_out = {} if with_second_denoiser else {name: None for name in SECOND_DENOISERS if name in self.denoisers}
-        return self.family.around(self.source, {**self._networks(), **left_out})
+        return self.family.around(self.source, {**self.networks(), **left_out})
 
-    def _networks(self) -> dict[str, nn.Module]:
+    def networks(self) -> dict[str, nn.Module]:
+        """All of them by name."""
         return {**self.denoisers, **self.text_encoders, **self.autoencoders}
 
 
-def read_outline(source: str) -> Outline:
+def read_meta_model(source: str) -> MetaModel:
     """Build a base model's networks on the meta device: a few kilobytes are read, nothing is loaded.
 
     Args:
@@ -93,7 +94,7 @@ def read_outline(source: str) -> Outline:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"cannot load a pipeline from {source!r}: {error}") from error
     total = int(scheduler.config["num_train_timesteps"])
-    return Outline(
+    return MetaModel(
         family=family,
         denoisers={name: networks[name] for name in denoisers if name in networks},
         text_encoders={name: networks[name] for name in family.text_encoder_names if name in networks},

@@ -15,7 +15,7 @@ from timestep_experts.intervals import Interval
 
 
 @dataclass
-class Learner:
+class ParamGroup:
     """Parameters that learn together, apart from all others.
 
     An expert is a slice of every layer's stacked tensors. The optimiser is given leaves that share the stack's memory,
@@ -24,7 +24,7 @@ class Learner:
 
     Args:
         name: for logs, e.g. ``n8.3``.
-        slices: stacked parameters with the index of this learner's slice; ``None`` takes all of it.
+        slices: stacked parameters with the index of this param_group's slice; ``None`` takes all of it.
         learning_rate: its peak.
         max_train_steps: its budget; afterwards the optimiser no longer sees it.
         gradient_share: gradients are multiplied by it: 1 / (strata that it owns), so its loss is the mean over its own
@@ -57,12 +57,12 @@ class Learner:
         return {"params": self.leaves, "lr": self.learning_rate, **own}
 
     def take_gradients(self, max_norm: float | None) -> Tensor:
-        """Give the leaves their share of the gradients and clip them by this learner's own norm; returns the norm."""
+        """Give the leaves their share of the gradients and clip them by the group's own norm; returns the norm."""
         for leaf, (parameter, index) in zip(self.leaves, self.slices, strict=True):
             if parameter.grad is not None:
                 leaf.grad = parameter.grad if index is None else parameter.grad[index]
         gradients = [leaf.grad for leaf in self.leaves if leaf.grad is not None]
-        if not gradients:  # it is not this learner's turn
+        if not gradients:  # it is not this param_group's turn
             return self.leaves[0].new_zeros(())
         if self.gradient_share != 1:
             torch._foreach_mul_(gradients, self.gradient_share)
