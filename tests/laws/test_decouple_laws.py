@@ -149,7 +149,7 @@ def test_a_draw_is_a_function_of_seed_stage_and_step(family: StableDiffusion) ->
     plan = DecouplePlan(0, "law", QUARTERS, QUARTERS[1], 8, 0.1, 0.3, "sample", antithetic=False)
     pictures = random_pictures(5, family)
     first, again = plan.draw(pictures, family, 7), plan.draw(pictures, family, 7)
-    assert all(torch.equal(getattr(first, n), getattr(again, n)) for n in ("rows", "t", "noise", "dropped"))
+    assert all(torch.equal(getattr(first, n), getattr(again, n)) for n in ("indices", "t", "noise", "dropped"))
     for other in (replace(plan, seed=1), replace(plan, stage="other")):
         assert not torch.equal(other.draw(pictures, family, 7).noise, first.noise)
     assert not torch.equal(plan.draw(pictures, family, 8).noise, first.noise)
@@ -189,9 +189,10 @@ class Constant(nn.Module):
 
 
 class ToyFamily:
-    """A family whose denoiser says its number, and whose target is 1."""
+    """A family whose denoiser predicts its number, and whose target is 1."""
 
     device = torch.device("cpu")
+    denoise = Family.denoise
 
     def __init__(self, denoiser: Constant) -> None:
         self.denoiser, self.noise = denoiser, self

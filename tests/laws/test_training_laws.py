@@ -319,7 +319,7 @@ def test_samples_of_a_stratum_do_not_depend_on_the_others(family: StableDiffusio
     for index, interval in enumerate(plan.strata.intervals):
         part = plan.draw(pictures, family, 7, only=interval)
         rows = slice(3 * index, 3 * index + 3)
-        for name in ("rows", "t", "noise", "dropped"):
+        for name in ("indices", "t", "noise", "dropped"):
             assert torch.equal(getattr(whole, name)[rows], getattr(part, name))
         assert all(t in interval for t in part.t.tolist())
 
@@ -327,5 +327,5 @@ def test_samples_of_a_stratum_do_not_depend_on_the_others(family: StableDiffusio
 def test_every_picture_is_met_once_per_epoch(family: StableDiffusion) -> None:
     pictures = random_pictures(5, family)
     plan = BatchPlan(0, "law", Partition.uniform(2), 3, 0.0)
-    rows = torch.cat([plan.draw(pictures, family, step).rows[:3] for step in range(10)])
+    rows = torch.cat([plan.draw(pictures, family, step).indices[:3] for step in range(10)])
     assert all(sorted(epoch.tolist()) == list(range(5)) for epoch in rows.split(5))

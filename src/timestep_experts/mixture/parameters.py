@@ -70,6 +70,13 @@ class MixtureParameters:
         maps = [p for router in routers for p in (router.F, router.bias) if p is not None]
         return maps, [router.E for router in routers if router.E is not None]
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of all experts and routers, layer by layer."""
+        for layer in self.layers.values():
+            yield from layer.experts.parameters()
+            if layer.router is not None:
+                yield from layer.router.parameters()
+
     def trained_modules(self) -> Iterable[nn.Module]:
         """The layers with experts."""
         return self.layers.values()
@@ -106,7 +113,7 @@ class MixtureParameters:
 
     def count_parameters(self) -> ParameterCount:
         """Count the parameters of experts and routers: stored, active and trainable."""
-        own = [parameter for layer in self.layers.values() for parameter in _own_parameters(layer)]
+        own = list(self.parameters())
         active = sum(self._count_active(layer) for layer in self.layers.values())
         trainable = sum(parameter.numel() for parameter in own if parameter.requires_grad)
         return ParameterCount(sum(parameter.numel() for parameter in own), active, trainable)
@@ -117,9 +124,3 @@ class MixtureParameters:
             return active
         rows = [p if p is not layer.router.E else p[0] for p in layer.router.parameters()]  # of a table, one row
         return active + sum(row.numel() for row in rows)
-
-
-def _own_parameters(layer: MixtureLayer) -> Iterator[nn.Parameter]:
-    yield from layer.experts.parameters()
-    if layer.router is not None:
-        yield from layer.router.parameters()
