@@ -71,7 +71,7 @@ def start(case: Case, setting: Setting, form: Form) -> Findings:
         seconds = _time_in_turn(jobs, stopwatch, rounds)
         few = min(rounds, MOST_LONG_ROUNDS)
         seconds |= _time_in_turn(_step(network, case, setting), stopwatch, few)
-        with _fused(network, spec, case) as job:
+        with _switched(network, spec, case) as job:
             seconds |= _time_in_turn(job, stopwatch, few)
         with _fused(pipeline, lora) as job:
             seconds |= _time_in_turn(job, stopwatch, few)
@@ -95,7 +95,7 @@ def _step(network: nn.Module, case: Case, setting: Setting) -> Jobs:
 
 
 @contextmanager
-def _fused(network: nn.Module, spec: MixtureSpec, case: Case) -> Iterator[Jobs]:
+def _switched(network: nn.Module, spec: MixtureSpec, case: Case) -> Iterator[Jobs]:
     """Fold in the experts of another interval."""
     mixture = Mixture.attach(network, spec, list(case.targets))
     fused, owners = (

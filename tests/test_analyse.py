@@ -20,6 +20,7 @@ from timestep_experts.config import load_recipe
 from timestep_experts.evaluation.gradients import GradientSettings, add_to_sketch, measure_gradients
 from timestep_experts.evaluation.merges import MergeLosses
 from timestep_experts.intervals import Interval, Partition
+from timestep_experts.jobs.measuring import measured_base
 from timestep_experts.merging import Evaluated
 from timestep_experts.models import StableDiffusion
 from timestep_experts.objectives import squared_error
@@ -119,7 +120,7 @@ def test_proposals_are_accepted_by_a_recipe(tmp_path: Path) -> None:
 def test_an_analysis_is_written_whole(case: Case) -> None:  # noqa: F811
     recipe = load_recipe(case.folder / "recipe.yaml")
     output = case.folder / "analysis"
-    found = analyse(recipe, case.experts, output, GradientSettings(4, 4, 4, 512), 2)
+    found = analyse(measured_base(recipe), case.experts, output, GradientSettings(4, 4, 4, 512), 2)
     assert sorted(p.name for p in output.iterdir()) == ["analysis.json", "similarity.png", "task_vectors.png"]
     document = json.loads((output / "analysis.json").read_text())
     assert list(document["proposals"]) == ["2", "3", "4"]

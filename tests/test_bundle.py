@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from conftest import max_error, normal, randomise, scales, tiny_pipeline, tiny_unet, unet_inputs
-from timestep_experts.formats import Bundle, bundle, load_bundle, save_bundle
+from timestep_experts.formats import Bundle, SamplingDefaults, bundle, load_bundle, save_bundle
 from timestep_experts.formats.atomic import atomic_path
+from timestep_experts.formats.bundle import BundleDocument
 from timestep_experts.inference import attach, detach
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureLayer, MixtureSpec, Scale
@@ -224,9 +225,54 @@ def test_damaged_tensors_are_refused(damage: Callable[[Path], None], made: Bundl
 
 def test_a_newer_format_is_refused_with_both_versions(made: Bundle, tmp_path: Path) -> None:
     save_bundle(made, tmp_path / "bundle")
-    edit(tmp_path / "bundle", lambda document: document.update(format_version=2))
-    with pytest.raises(ValueError, match="has format version 2; this release reads up to 1"):
+    edit(tmp_path / "bundle", lambda document: document.update(format_version=3))
+    with pytest.raises(ValueError, match="has format version 3; this release reads up to 2"):
         load_bundle(tmp_path / "bundle")
+
+
+def test_the_first_format_is_lifted(made: Bundle, tmp_path: Path) -> None:
+    save_bundle(made, tmp_path / "bundle")
+    training = {"base_dtype": "bf16", "base_quantization": None}
+    recipe = {"resolution": [64, 32], "training": training, "data": {"clips": {"num_frames": 4, "fps": 8, "stride": 2}}}
+    generator = {"scheduler": "LCMScheduler", "timesteps": [999, 499], "guidance_scale": 1.0}
+
+    def write_as_before(document: dict[str, Any]) -> None:
+        document.update(format_version=1, provenance={"recipe": recipe, "sampling": generator})
+        del document["sampling"]
+        for scale in document["mixture"]["scales"]:
+            scale["resting_gate"] = scale.pop("base_gate")
+
+    edit(tmp_path / "bundle", write_as_before)
+    loaded = load_bundle(tmp_path / "bundle")
+    assert loaded.spec == made.spec
+    assert loaded.sampling == SamplingDefaults(
+        base_dtype="bf16",
+        resolution=(64, 32),
+        num_frames=4,
+        fps=4.0,
+        scheduler="LCMScheduler",
+        timesteps=(999, 499),
+        guidance_scale=1.0,
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [{"base_dtyp": "fp32"}, {"base_dtype": "fp8"}, {"resolution": [64]}, {"fps": 0}], ids=str
+)
+def test_sampling_settings_have_a_schema(change: dict[str, object], made: Bundle, tmp_path: Path) -> None:
+    save_bundle(made, tmp_path / "bundle")
+    edit(tmp_path / "bundle", lambda document: document.update(sampling=change))
+    with pytest.raises(ValueError, match=rf"the bundle {tmp_path / 'bundle'} is damaged: (.|\n)*{next(iter(change))}"):
+        load_bundle(tmp_path / "bundle")
+
+
+def test_the_documented_keys_are_those_of_the_schema() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "bundle.md").read_text(encoding="utf-8")
+    tables = {block.split("\n")[0]: block for block in text.split("\n\n") if block.startswith("| key")}
+    named = {head: "".join(re.findall(r"^\| (`.*?) \|", block, re.M)) for head, block in tables.items()}
+    keys = {head: set(re.findall(r"`([a-z_0-9]+)(?:\.[a-z_\[\]]+)?`", names)) for head, names in named.items()}
+    assert keys["| key of `sampling` | meaning |"] == set(SamplingDefaults.model_fields)
+    assert keys["| key | meaning |"] == set(BundleDocument.model_fields)
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"format": "pytorch"}', "null"])

@@ -22,6 +22,7 @@ from timestep_experts.config import load_recipe
 from timestep_experts.formats import Bundle, load_bundle, save_bundle
 from timestep_experts.formats.lora import LORA_FILE
 from timestep_experts.inference import attach
+from timestep_experts.jobs.measuring import measured_base
 from timestep_experts.merging import QuadraticSettings, weighted_sum
 from timestep_experts.mixture import Mixture, MixtureSpec
 from timestep_experts.weights.extract import extract_lora
@@ -173,20 +174,20 @@ def test_other_dtypes(case: Case, dtype: str) -> None:
 
 def test_losses_are_measured_with_a_recipe(case: Case) -> None:
     case.settings = replace(case.settings, rank=2)
-    merged = case.run(recipe=load_recipe(case.folder / "recipe.yaml"))
+    merged = case.run(measured=measured_base(load_recipe(case.folder / "recipe.yaml")))
     assert [row.name for row in merged.rows] == ["base", "experts, switching", "their sum, r12", "LoRA r2"]
     means = [row.confirmation_mean for row in merged.rows]
     assert len(set(means)) == 4
     full = replace(case, folder=case.folder, settings=LoraSettings(12))
     (case.output).rename(case.folder / "low")
-    rows = full.run(recipe=load_recipe(case.folder / "recipe.yaml")).rows
+    rows = full.run(measured=measured_base(load_recipe(case.folder / "recipe.yaml"))).rows
     assert rows[2].confirmation_mean == pytest.approx(rows[3].confirmation_mean, abs=1e-5)
     assert rows[2].confirmation_mean == means[2]
 
 
 def test_weights_are_searched_on_the_exact_sum(case: Case) -> None:
     few = SearchSettings(quadratic=QuadraticSettings(refinements=1))
-    merged = case.run(recipe=load_recipe(case.folder / "recipe.yaml"), search=few)
+    merged = case.run(measured=measured_base(load_recipe(case.folder / "recipe.yaml")), search=few)
     search = merged.search
     assert [row.name for row in search.rows] == ["base", *merged.labels, "shares", "found"]
     assert search.found.selection_mean == min(point.loss for point in search.evaluated)
@@ -265,7 +266,7 @@ def test_a_fault_is_named_and_leaves_nothing(case: Case, spoil: Callable[[Case],
 
 
 def test_a_search_needs_a_recipe(case: Case) -> None:
-    with pytest.raises(ValueError, match="a search for weights needs a recipe"):
+    with pytest.raises(ValueError, match="a search for weights needs a base and pictures"):
         case.run(search=SearchSettings())
     with pytest.raises(ValueError, match="unknown dtype 'int8'"):
         LoraSettings(4, dtype="int8")

@@ -362,11 +362,11 @@ def test_training_curves_skip_records_without_losses() -> None:
     assert "main, assemble" not in texts
 
 
-def test_line_styles_tell_arms_by_colour_and_modes_by_dash() -> None:
+def test_line_styles_tell_variants_by_colour_and_modes_by_dash() -> None:
     names = ["base", *(f"variant{i}, {mode}" for i in range(10) for mode in ("switch", "route"))]
     styles = line_styles(names, "base")
     assert len({(style.colour, str(style.dash)) for style in styles.values()}) == len(names)
-    assert styles["arm0, switch"].colour == styles["arm0, route"].colour != styles["arm1, route"].colour
+    assert styles["variant0, switch"].colour == styles["variant0, route"].colour != styles["variant1, route"].colour
     assert [name for name in names if styles[name].is_muted] == ["base"]
 
 

@@ -21,6 +21,7 @@ from timestep_experts.data import EncodedPictures, halves_by_caption
 from timestep_experts.evaluation import LossSettings, loss_curve
 from timestep_experts.evaluation.merges import MergeBench, MergeSplit
 from timestep_experts.intervals import Partition
+from timestep_experts.jobs.measuring import measured_base
 from timestep_experts.merging import LiveMerge, QuadraticSettings, WeightGroups, num_coefficients
 from timestep_experts.models import StableDiffusion
 from timestep_experts.weights import search as search_module
@@ -60,7 +61,7 @@ class Case:
     def run(self) -> search_module.Search:
         recipe = load_recipe(self.folder / "recipe.yaml", self.overrides)
         inputs = SearchInputs(tuple(self.experts), self.groups, self.boundaries)
-        return search_experts(recipe, inputs, self.output, self.settings)
+        return search_experts(measured_base(recipe), inputs, self.output, self.settings)
 
     def change(self, expert: int, change: Callable[[dict[str, torch.Tensor]], object], **metadata: str) -> None:
         path = self.experts[expert] / WEIGHTS
@@ -327,13 +328,13 @@ FAULTS = [
     (other_shape, r"e1: conv_in\.bias has shape \(3,\); the base's is \(8,\)"),
     (missing, r"e1 lacks conv_in\.bias, which the base has"),
     (other_base, "e2 was trained from another base: its metadata names base_sha256 0000"),
-    (no_experts, "give at least one --expert, fine-tuned from"),
+    (no_experts, "give at least one expert, fine-tuned from"),
     (unknown_key, "unknown key; did you mean 'num_pictures'"),
     (exists, "search.json exists already"),
     (idle_group, "'nothing' decides no tensor"),
     (reserved_group, "the name 'others' is that of"),
     (quantised, "recipe.training.base_quantization: a base in torchao-int8 has no weights to add to"),
-    (bad_boundaries, "--boundaries end at 500; this base model has 1000 timesteps"),
+    (bad_boundaries, "boundaries end at 500; this base model has 1000 timesteps"),
 ]
 
 
