@@ -17,7 +17,7 @@ from timestep_experts.mixture.kernels import Experts, Strength
 
 
 class PlainKernels:
-    """The definition: one scale after the other, one sum of products per step."""
+    """The definition: one scale after the other, one sum of products per step, in fp32 or wider."""
 
     def gather(
         self,
@@ -35,7 +35,8 @@ class PlainKernels:
     ) -> tuple[Sequence[Tensor], Tensor | None]:
         """``h_j = A_j[i_j] x``, and the mean of the router's input."""
         project = _convolve if geometry.is_convolution else _project
-        hidden = [project(x, down.to(x.dtype), geometry) for down in experts.downs]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        hidden = [project(x.to(wide), down.to(wide), geometry) for down in experts.downs]
         return hidden, None if router_input is None else mean_pool(router_input, geometry.is_convolution)
 
     def add(
