@@ -1,6 +1,7 @@
 """Draw with a trained bundle: switched, routed, and without it, from the same seed.
 
-Run: timestep-experts run recipes/quickstart.yaml && python examples/use_a_bundle.py runs/quickstart/variants/main/bundle
+Run: timestep-experts run recipes/quickstart.yaml
+     python examples/use_a_bundle.py runs/quickstart/variants/main/bundle
 """
 
 from __future__ import annotations
