@@ -35,7 +35,7 @@ from timestep_experts.training import FosterSettings, LoopSettings, OptimiserSet
 from timestep_experts.training.loop import run_stage
 from timestep_experts.training.memory import fake_networks, step_peak
 from timestep_experts.training.optimiser import state_bytes
-from timestep_experts.training.stage import Stage
+from timestep_experts.training.stage import Stage, Training
 
 INTERVALS, RANK, PER_INTERVAL = 4, 8, 2
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -158,6 +158,7 @@ def make_stage(mixture: Mixture) -> Stage:
 def make_settings(options: str) -> LoopSettings:
     """See `OPTIONS`."""
     return LoopSettings(
+        OPTIMISER,
         gradient_accumulation_steps=4 if "accumulation" in options else 1,
         mixed_precision="bf16" if "bf16" in options else "no",
         checkpointing_steps=None,
@@ -179,9 +180,9 @@ def estimate(name: str, options: str) -> tuple[int, int]:
     with fake_networks(family.denoisers.values()):
         stage = make_stage(mixture)
         micro_batches = settings.gradient_accumulation_steps
-        arguments = (stage, mixture, family, make_pictures(name), micro_batches, settings.mixed_precision)
-        peak = step_peak(*arguments, on_accelerator=False)
-    shapes = [leaf.shape for param_group in stage.param_groups for leaf in param_group.leaves]
+        training, pictures = Training(stage, mixture, family), make_pictures(name)
+        peak = step_peak(training, pictures, micro_batches, settings.mixed_precision, on_accelerator=False)
+    shapes = [leaf.shape for group in stage.param_groups for leaf in group.leaves]
     base = sum(p.numel() for p in family.denoiser.parameters()) - mixture.count_parameters().stored
     return base, peak + state_bytes(OPTIMISER.name, OPTIMISER.options, shapes)
 
@@ -194,7 +195,7 @@ def measure(name: str, options: str, by: str) -> int:
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak of the resident set starts anew
     with tempfile.TemporaryDirectory() as folder, profile if by == "profiler" else nullcontext():
-        run_stage(stage, mixture, family, pictures, OPTIMISER, make_settings(options), Path(folder), {})
+        run_stage(Training(stage, mixture, family), pictures, make_settings(options), Path(folder), {})
     if by != "profiler":
         return _status("VmHWM") - before
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

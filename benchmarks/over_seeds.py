@@ -16,9 +16,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from timestep_experts.build import build_context
+from timestep_experts.build import build_context, build_reported_partition
 from timestep_experts.config import load_recipe
-from timestep_experts.jobs.evaluate import evaluate, prepare_output, reported_partition, write_run_report
+from timestep_experts.jobs.evaluate import evaluate, prepare_output, write_run_report
 from timestep_experts.jobs.methods import methods_of
 from timestep_experts.report import results_rows
 
@@ -60,7 +60,7 @@ def run_seed(recipe: Path, overrides: list[str], seed: int) -> list[dict[str, st
         method.train(context)
     results = evaluate(loaded, context)
     write_run_report(loaded, context, results, f"python benchmarks/over_seeds.py {recipe} --seeds {seed}")
-    return results_rows(results, reported_partition(loaded, context).intervals)
+    return results_rows(results, build_reported_partition(loaded, context.family.noise.num_train_timesteps).intervals)
 
 
 def aggregate(per_seed: dict[int, list[dict[str, str | float | int | None]]]) -> Table:

@@ -377,6 +377,7 @@ def test_a_bundle_is_shown(finished: Run) -> None:
     assert f"{stored:,} parameters stored; meant to be used in mode route" in outcome.out
     assert "for a UNet2DConditionModel" in outcome.out
     assert '"max_train_steps": 2' in outcome.out
+    assert '"base_dtype": "fp32"' in outcome.out
 
 
 def test_paths_are_printed_as_they_are(finished: Run, tmp_path: Path) -> None:

@@ -18,8 +18,16 @@ from torch import Tensor
 
 from conftest import max_error, tiny_unet, unet_inputs
 from test_cli import call, refused, row, write_recipe
+from timestep_experts.formats import SamplingDefaults
 from timestep_experts.formats.checkpoints import Checkpoint, file_sha256
-from timestep_experts.formats.experts import BASE_KEY, find_experts, read_projections, read_record, write_projections
+from timestep_experts.formats.experts import (
+    BASE_KEY,
+    EXPERT_KEY,
+    find_experts,
+    read_projections,
+    read_record,
+    write_projections,
+)
 from timestep_experts.inference import attach_ensemble, attach_projections
 from timestep_experts.intervals import Partition
 from timestep_experts.merging import MergeSettings, fold, unfold
@@ -331,8 +339,47 @@ def test_what_is_no_ensemble_is_said(run: Path, base: Path, tmp_path: Path) -> N
         read_record(base / "unet")
 
 
+def rewrite_record(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    file = folder / WEIGHTS
+    metadata = dict(Checkpoint(folder).metadata)
+    document = json.loads(metadata[EXPERT_KEY])
+    change(document)
+    save_file(load_file(file), file, {**metadata, EXPERT_KEY: json.dumps(document)})
+
+
+def test_a_record_of_the_first_version_is_lifted(run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run / "range-1" / "expert", tmp_path / "expert"))
+    now = read_record(folder)
+
+    def write_as_before(document: dict[str, Any]) -> None:
+        document["format_version"] = 1
+        del document["sampling"]
+
+    rewrite_record(folder, write_as_before)
+    assert read_record(folder) == now
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 3}, "has format version 3; this release reads up to 2"),
+        ({"format_version": None}, "timestep_experts_expert is damaged"),
+        ({"sampling": {"fps": -1}}, "timestep_experts_expert is damaged: .*fps"),
+        ({"indx": 1}, "timestep_experts_expert is damaged: .*indx"),
+    ],
+)
+def test_a_record_that_cannot_be_read_is_named(
+    change: dict[str, object], message: str, run: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(run / "range-1" / "expert", tmp_path / "expert"))
+    rewrite_record(folder, lambda document: document.update(change))
+    with pytest.raises(ValueError, match=f"(?s){folder}.*{message}"):
+        read_record(folder)
+
+
 def test_an_experts_record_says_how_it_was_made(run: Path) -> None:
     record = read_record(run / "range-1" / "expert")
+    assert record.sampling == SamplingDefaults(resolution=(16, 16))
     assert (record.index, record.boundaries) == (1, (0.0, 500.0, 1000.0))
     assert record.provenance["recipe"]["method"]["consistency"] == 1.0
     assert json.dumps(record.provenance)

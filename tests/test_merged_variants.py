@@ -107,6 +107,8 @@ def test_weights_are_chosen_on_training_pictures_and_beat_the_rows_they_were_cho
     search = json.loads((run / "variants" / name / "merged" / "search.json").read_text())
     counts = search["counts"]
     assert (counts["selection_pictures"], counts["confirmation_pictures"]) == (9, 3)  # training, validation
+    # every variant's weights are chosen by the intervals of the table, whatever its own ranges are
+    assert search["ranges"] == [[250.0 * i, 250.0 * (i + 1)] for i in range(4)]
     losses = {name: row["selection"]["mean"] for name, row in search["loss"].items()}
     assert losses["found"] == min(losses.values())
 

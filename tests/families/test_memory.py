@@ -30,7 +30,7 @@ from timestep_experts.training.memory import (
     fake_pictures,
     step_peak,
 )
-from timestep_experts.training.stage import Stage, gradients_of
+from timestep_experts.training.stage import Stage, Training, gradients_of
 
 CPU = torch.device("cpu")
 RECIPE = Path(__file__).parents[2] / "recipes" / "papers" / "sd15.yaml"
@@ -92,12 +92,12 @@ def foreseen(source: str, *, checkpoints: bool, precision: str = "no", parts: in
     family = meta_model.make_family(with_second_denoiser=False)
     if checkpoints:
         family.checkpoint_gradients()
-    networks = [*meta_model.denoisers.values(), *meta_model.text_encoders.values(), *meta_model.autoencoders.values()]
-    with fake_networks(networks):
+    with fake_networks(list(meta_model.networks.values())):
         pictures = fake_pictures(family, (3, *((5,) if family.is_video else ()), 32, 32), as_tokens=False)
         stage = make_stage(mixture, is_second=options.get("is_second", False))
         accelerator = options.get("on_accelerator", False)
-        return step_peak(stage, mixture, family, pictures, parts, precision, on_accelerator=accelerator)
+        training = Training(stage, mixture, family)
+        return step_peak(training, pictures, parts, precision, on_accelerator=accelerator)
 
 
 def taken(source: str, *, checkpoints: bool, precision: str = "no", parts: int = 1, is_second: bool = False) -> int:
@@ -112,7 +112,7 @@ def taken(source: str, *, checkpoints: bool, precision: str = "no", parts: int =
     t = torch.full((4 // parts,), 950) if family.noise.has_integer_timesteps else torch.full((4 // parts,), 950.0)
     chunk = Batch(rows, t, torch.zeros(4 // parts, *pictures.latents.shape[1:]), rows.bool())
     stage.set_mode()
-    with gradients_of(stage, mixture):
+    with gradients_of(Training(stage, mixture, family)):
         for _ in range(2):  # the first one fills caches
             for parameter in stage.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parts > 1 else None

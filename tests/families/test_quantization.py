@@ -22,6 +22,7 @@ from timestep_experts.models.video_crafter import fold_fps
 from timestep_experts.training import FosterSettings, LoopSettings, OptimiserSettings, foster
 from timestep_experts.training.log import read_log
 from timestep_experts.training.loop import run_stage
+from timestep_experts.training.stage import Training
 
 CPU = torch.device("cpu")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -97,8 +98,9 @@ def test_experts_over_a_quantised_base_learn(name: str, dtype: torch.dtype, prec
         captions=CAPTIONS[:1],
         skipped=(),
     )
-    settings = LoopSettings(mixed_precision=precision, checkpointing_steps=None, logging_steps=5)
-    run_stage(stage, mixture, family, pictures, OptimiserSettings("AdamW", {}), settings, tmp_path / "run", {})
+    optimiser = OptimiserSettings("AdamW", {})
+    settings = LoopSettings(optimiser, mixed_precision=precision, checkpointing_steps=None, logging_steps=5)
+    run_stage(Training(stage, mixture, family), pictures, settings, tmp_path / "run", {})
     losses = [record["loss"] for record in read_log(tmp_path / "run")]
     assert losses[-1] < 0.9 * losses[0], losses
     assert all(value.isfinite().all() for value in mixture.state_dict().values())

@@ -28,7 +28,7 @@ from timestep_experts.training import (
 )
 from timestep_experts.training.log import read_log
 from timestep_experts.training.loop import run_stage
-from timestep_experts.training.stage import Stage
+from timestep_experts.training.stage import Stage, Training
 
 STEPS = 6
 SGD = OptimiserSettings("SGD", {"momentum": 0.9})
@@ -44,7 +44,7 @@ def foster_stage(mixture: Mixture, scale: int, caption_dropout: float = 0.1) -> 
 
 def train(stage: Stage, mixture: Mixture, family: Family, folder: Path, **loop: Any) -> None:
     pictures = random_pictures(6, family)
-    run_stage(stage, mixture, family, pictures, SGD, LoopSettings(**loop), folder, {"run": "faults"})
+    run_stage(Training(stage, mixture, family), pictures, LoopSettings(SGD, **loop), folder, {"run": "faults"})
 
 
 def break_denoiser(family: Family, call: int, lo: float, hi: float, value: float, monkeypatch: Any) -> None:
@@ -176,12 +176,12 @@ def test_classes_are_not_dropped(tmp_path: Path) -> None:
     pictures = EncodedPictures(
         normal(4, 3, 8, 8), torch.arange(4) % 3, family.tokenize(["0", "1", "2", ""]), ("0", "1", "2"), ()
     )
-    loop = LoopSettings(checkpointing_steps=None)
+    loop = LoopSettings(SGD, checkpointing_steps=None)
     for dropout in (0.1, 0.0):
-        stage = foster_stage(mixture, 2, dropout)
+        training = Training(foster_stage(mixture, 2, dropout), mixture, family)
         if dropout:
             with pytest.raises(ValueError, match=r"every caption of this model is a class.* must be 0, got 0\.1"):
-                run_stage(stage, mixture, family, pictures, SGD, loop, tmp_path, {"run": "classes"})
+                run_stage(training, pictures, loop, tmp_path, {"run": "classes"})
             assert not list(tmp_path.iterdir())
-    run_stage(stage, mixture, family, pictures, SGD, loop, tmp_path, {"run": "classes"})
+    run_stage(training, pictures, loop, tmp_path, {"run": "classes"})
     assert (tmp_path / "result.safetensors").is_file()

@@ -44,10 +44,7 @@ def run(
     **loop: object,
 ) -> dict[str, Tensor]:
     pictures = random_pictures(6, made.family)
-    fingerprint = {"run": "law"}
-    run_stage(
-        made.stage, made.trainee, made.family, pictures, optimiser, LoopSettings(**loop), folder, fingerprint, observe
-    )
+    run_stage(made, pictures, LoopSettings(optimiser, **loop), folder, {"run": "law"}, observe)
     return {name: value.clone() for name, value in made.trainee.state_dict().items()}
 
 
@@ -323,10 +320,7 @@ def test_the_base_keeps_its_bytes(name: str, tmp_path: Path) -> None:
             )
 
     pictures = pictures_of(family)
-    run_stage(
-        made.stage, made.trainee, made.family, pictures, ADAMW, LoopSettings(validation_steps=1), tmp_path / "run", {},
-        preview,
-    )  # fmt: skip
+    run_stage(made, pictures, LoopSettings(ADAMW, validation_steps=1), tmp_path / "run", {}, preview)
     assert state_hash(family.denoiser) == before
     assert not any(p.requires_grad or p.grad is not None for p in family.denoiser.parameters())
     assert family.denoiser is family.pipeline().components[family.denoiser_name]
@@ -370,7 +364,7 @@ def test_gradient_checkpointing_trains_the_copy_alike(name: str, tmp_path: Path)
             family.checkpoint_gradients()
         made = decouple(family, settings(2, projection="foldable", caption_dropout=0.0), 1)
         pictures, folder = pictures_of(family), tmp_path / str(checkpointed)
-        run_stage(made.stage, made.trainee, made.family, pictures, SGD, LoopSettings(), folder, {})
+        run_stage(made, pictures, LoopSettings(SGD), folder, {})
         states.append(made.trainee.state_dict())
         assert not any(p.grad is not None for p in family.denoiser.parameters())
     # the same operations on the same numbers, run twice

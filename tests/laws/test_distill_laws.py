@@ -81,10 +81,8 @@ def shake(mixture: Mixture, seed: int = 0) -> None:
 
 
 def run(made: DistillStage, family: Any, folder: Path, observe: Observer | None = None, **loop: Any) -> None:
-    options = LoopSettings(**{"logging_steps": 1, **loop})
-    run_stage(
-        made.stage, made.trainee, family, random_pictures(6, family), ADAMW, options, folder, {"run": "law"}, observe
-    )
+    options = LoopSettings(**{"optimiser": ADAMW, "logging_steps": 1, **loop})
+    run_stage(made, random_pictures(6, family), options, folder, {"run": "law"}, observe)
 
 
 def experts(mixture: Mixture) -> dict[str, torch.Tensor]:

@@ -284,6 +284,17 @@ def test_the_experts_own_state_does_not_know_of_fusing(unet):
     assert max_error(predict(unet, 640), fused) <= 1e-5
 
 
+def test_experts_that_change_in_place_are_heard_at_the_next_call(unet):
+    mixture = equipped(unet)
+    fuse(mixture)
+    before = predict(unet, 640)
+    randomise(mixture, seed=5)  # as a caller who holds the parameters may do
+    fused = predict(unet, 640)
+    unfuse(mixture)
+    assert max_error(fused, before) > 1e-3
+    assert max_error(predict(unet, 640), fused) <= 1e-5
+
+
 def test_a_deep_copy_of_a_fused_network_is_independent(unet):
     mixture = equipped(unet)
     fuse(mixture)

@@ -14,6 +14,7 @@ from timestep_experts.models import StableDiffusion
 from timestep_experts.training import FosterSettings, LoopSettings, OptimiserSettings, foster
 from timestep_experts.training.loop import Observer, run_stage
 from timestep_experts.training.optimiser import find_optimiser, make_optimiser, set_learning_rate, state_bytes
+from timestep_experts.training.stage import Training
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -57,9 +58,9 @@ def train(family: StableDiffusion, folder: Path, optimiser: OptimiserSettings, o
     rates = {scale.name: [1e-3] * len(scale.partition) for scale in spec.scales}
     budgets = {name: [4] * len(rate) for name, rate in rates.items()}
     stage = foster(mixture, FosterSettings("joint", 2, rates, budgets, caption_dropout=0.25, seed=5))[0]
-    settings = LoopSettings(validation_steps=1, checkpointing_steps=2, logging_steps=1)
+    settings = LoopSettings(optimiser, validation_steps=1, checkpointing_steps=2, logging_steps=1)
     try:
-        run_stage(stage, mixture, family, random_pictures(6, family), optimiser, settings, folder, {}, observe)
+        run_stage(Training(stage, mixture, family), random_pictures(6, family), settings, folder, {}, observe)
     finally:
         mixture.detach()
 

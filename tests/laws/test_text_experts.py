@@ -23,6 +23,7 @@ from timestep_experts.mixture import Mixture, MixtureSpec
 from timestep_experts.models import StableDiffusion
 from timestep_experts.training import FosterSettings, LoopSettings, OptimiserSettings, foster
 from timestep_experts.training.loop import run_stage
+from timestep_experts.training.stage import Training
 
 pytestmark = pytest.mark.usefixtures("either_kernels")
 
@@ -166,7 +167,8 @@ def test_fostering_teaches_each_text_expert_its_own_interval(family: StableDiffu
     settings = FosterSettings("independent", 2, rates, {"n4": [4] * 4}, caption_dropout=0.25, seed=5)
     (stage,) = foster(mixture, settings)
     optimiser = OptimiserSettings("SGD", {"momentum": 0.9})
-    run_stage(stage, mixture, family, tokenised(family), optimiser, LoopSettings(), tmp_path, {"run": "text"})
+    training = Training(stage, mixture, family)
+    run_stage(training, tokenised(family), LoopSettings(optimiser), tmp_path, {"run": "text"})
     for name, layer in mixture.layers.items():
         moved = layer.experts["n4"].B.abs().amax((1, 2))
         assert (moved[[0, 1, 3]] > 1e-5).all(), name

@@ -27,7 +27,7 @@ from timestep_experts.training.batches import Batch, BatchPlan
 from timestep_experts.training.log import read_log
 from timestep_experts.training.loop import Observer, run_stage
 from timestep_experts.training.param_group import learning_rate_factor
-from timestep_experts.training.stage import Stage
+from timestep_experts.training.stage import Stage, Training
 
 TARGETS = ("to_q", "to_v", "conv1")
 SGD = OptimiserSettings("SGD", {"momentum": 0.9}, max_grad_norm=0.05)
@@ -57,7 +57,8 @@ def run(
     **loop: object,
 ) -> None:
     pictures = random_pictures(6, family)
-    run_stage(stage, mixture, family, pictures, optimiser, LoopSettings(**loop), folder, {"run": "law"}, observe)
+    settings = LoopSettings(optimiser, **loop)
+    run_stage(Training(stage, mixture, family), pictures, settings, folder, {"run": "law"}, observe)
 
 
 def experts(mixture: Mixture) -> dict[str, torch.Tensor]:
@@ -286,10 +287,9 @@ def test_a_folder_of_another_run_is_refused_by_name(family: StableDiffusion, tmp
     mixture = attach(family, 2)
     stage = foster(mixture, settings())[0]
     run(stage, mixture, family, tmp_path)
+    training, pictures = Training(stage, mixture, family), random_pictures(6, family)
     with pytest.raises(ValueError, match=r"seed: stored None, now 7"):
-        run_stage(
-            stage, mixture, family, random_pictures(6, family), SGD, LoopSettings(), tmp_path, {"run": "law", "seed": 7}
-        )
+        run_stage(training, pictures, LoopSettings(SGD), tmp_path, {"run": "law", "seed": 7})
 
 
 @pytest.mark.parametrize(

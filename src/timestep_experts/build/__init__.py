@@ -14,6 +14,7 @@ from timestep_experts.build.context import (
 from timestep_experts.build.mixture import (
     build_decoupled_partition,
     build_mixture,
+    build_reported_partition,
     build_spec,
     build_targets,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "build_optimiser_settings",
     "build_picture_sets",
     "build_prompts",
+    "build_reported_partition",
     "build_sample_settings",
     "build_sampling_defaults",
     "build_spec",

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from timestep_experts.config import DecoupleConfig, DistillConfig, ExpertsConfig, FosterConfig, Recipe, ScaleConfig
+from timestep_experts.config import (
+    DecoupleConfig,
+    DistillConfig,
+    ExpertsConfig,
+    FosterConfig,
+    MethodConfig,
+    Recipe,
+    ScaleConfig,
+)
 from timestep_experts.errors import UserError
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale, asymmetric
@@ -50,6 +58,22 @@ def build_decoupled_partition(config: DecoupleConfig, num_train_timesteps: int) 
             f" {num_train_timesteps} timesteps"
         )
     return partition
+
+
+def build_partition(method: MethodConfig, num_train_timesteps: int) -> Partition:
+    """The finest intervals that a method trains: the ranges of its copies, or the strata of its scales.
+
+    Raises:
+        UserError: they do not end at the base's T.
+    """
+    if isinstance(method, DecoupleConfig):
+        return build_decoupled_partition(method, num_train_timesteps)
+    return build_spec(method.experts, num_train_timesteps).strata
+
+
+def build_reported_partition(recipe: Recipe, num_train_timesteps: int) -> Partition:
+    """The intervals by which all rows of a run are reported, and merges are weighed: those of the main variant."""
+    return build_partition(recipe.method, num_train_timesteps)
 
 
 def build_targets(

@@ -151,10 +151,11 @@ def build_optimiser_settings(config: OptimizerConfig) -> OptimiserSettings:
     )
 
 
-def build_loop_settings(recipe: Recipe) -> LoopSettings:
-    """What all stages share."""
+def build_loop_settings(recipe: Recipe, optimiser: OptimizerConfig) -> LoopSettings:
+    """How a stage with this optimiser is run."""
     training = recipe.training
     return LoopSettings(
+        optimiser=build_optimiser_settings(optimiser),
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         mixed_precision=training.mixed_precision,
         checkpointing_steps=training.checkpointing_steps,

@@ -30,7 +30,7 @@ from timestep_experts.intervals import Interval, Partition
 if TYPE_CHECKING:
     from timestep_experts.build import RunContext
     from timestep_experts.config import Recipe
-    from timestep_experts.jobs.methods import Decoupling, Distilling, Fostering, Method
+    from timestep_experts.jobs.methods import Method
     from timestep_experts.jobs.plan import StagePlan
 
 USER_ERROR = 2
@@ -94,10 +94,7 @@ def foster(
     recipe: RecipePath, overrides: Overrides = None, variant: VariantName = None, dry_run: DryRun = False
 ) -> None:
     """Stage 1: train the experts of every interval; writes a bundle to switch with."""
-    quiet_libraries()
-    from timestep_experts.jobs.methods import Fostering
-
-    _stage(recipe, overrides, variant, dry_run, (Fostering,), lambda method, context: method.foster(context))
+    _stage(recipe, overrides, variant, dry_run, ("foster",), lambda method, context: method.train_experts(context))
 
 
 @app.command()
@@ -111,14 +108,12 @@ def distill(
     dry_run: DryRun = False,
 ) -> None:
     """Train a few-step generator, one expert after the other; writes a bundle to switch with."""
-    quiet_libraries()
-    from timestep_experts.jobs.methods import Distilling
 
     def job(method: Any, context: Any) -> None:
         if not method.distill(context, expert or ()):
             console.print(f"{method.variant.name}: some experts are still to be distilled")
 
-    _stage(recipe, overrides, variant, dry_run, (Distilling,), job)
+    _stage(recipe, overrides, variant, dry_run, ("distill",), job)
 
 
 @app.command()
@@ -126,14 +121,12 @@ def assemble(
     recipe: RecipePath, overrides: Overrides = None, variant: VariantName = None, dry_run: DryRun = False
 ) -> None:
     """Stage 2: train the routers of fostered or distilled experts; writes a bundle to route with."""
-    quiet_libraries()
-    from timestep_experts.jobs.methods import Distilling, Fostering
 
     def job(method: Any, context: Any) -> None:
         if variant is not None or method.assembles:
             method.assemble(context)
 
-    _stage(recipe, overrides, variant, dry_run, (Fostering, Distilling), job)
+    _stage(recipe, overrides, variant, dry_run, ("foster", "distill"), job)
 
 
 @app.command()
@@ -151,10 +144,9 @@ def decouple(
     loaded = _load(recipe, overrides)
     quiet_libraries()
     from timestep_experts.jobs.evaluate import prepare_output
-    from timestep_experts.jobs.methods import Decoupling
     from timestep_experts.jobs.plan import planned_device
 
-    (method,) = _methods_of_kind(loaded, variant, (Decoupling,))
+    (method,) = _methods_of_kind(loaded, variant, ("decouple",))
     plans = method.plan(indices=range_, with_memory=dry_run)  # what does not fit fails here
     if dry_run:
         _print_stages(plans, planned_device(loaded))
@@ -177,7 +169,7 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 @app.command()
 def sample(
-    prompt: Annotated[list[str], typer.Option(help="What to show; may be given several times.")],
+    prompt: Annotated[list[str], typer.Option(help="A prompt; may be given several times.")],
     bundle: Annotated[Path | None, typer.Argument(help="A bundle's folder.")] = None,
     ensemble: Annotated[Path | None, typer.Option(help="Or a run's folder of decoupled experts, not merged.")] = None,
     resident: Annotated[
@@ -258,7 +250,9 @@ def show(bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")]) -> 
     console.print(table)
     stored = sum(value.numel() for value in loaded.tensors.values())
     console.print(f"for a {loaded.denoiser_class} ({escaped(loaded.base_model)}), {len(loaded.target_modules)} modules")
-    console.print(f"{stored:,} parameters stored; meant to be used in mode [bold]{loaded.mode}[/]")
+    console.print(f"{stored:,} parameters stored; meant to be used in mode [bold]{loaded.mode}[/], and sampled with")
+    console.print_json(loaded.sampling.model_dump_json(exclude_none=True))
+    console.print("made by")
     console.print_json(json.dumps(dict(loaded.provenance)))
 
 
@@ -301,9 +295,7 @@ def _context(recipe: Recipe) -> RunContext:
     return context
 
 
-def _methods_of_kind(
-    recipe: Recipe, variant: str | None, kinds: tuple[type[Fostering | Distilling | Decoupling], ...]
-) -> list[Any]:
+def _methods_of_kind(recipe: Recipe, variant: str | None, kinds: tuple[str, ...]) -> list[Any]:
     """The methods of these kinds, of one variant or of all.
 
     Raises:
@@ -312,10 +304,10 @@ def _methods_of_kind(
     from timestep_experts.jobs.methods import method_of, methods_of
 
     methods = methods_of(recipe) if variant is None else [method_of(recipe, recipe.variant(variant))]
-    found = [method for method in methods if isinstance(method, kinds)]
+    found = [method for method in methods if method.config.kind in kinds]
     if not found:
-        own = ", ".join(f"{method.variant.name} ({method.kind})" for method in methods)
-        wanted = " or ".join(kind.kind for kind in kinds)
+        own = ", ".join(f"{method.variant.name} ({method.config.kind})" for method in methods)
+        wanted = " or ".join(kinds)
         raise UserError(
             f"recipe.method.kind: this command trains variants of kind {wanted}; of this recipe it would take {own}"
         )
@@ -327,7 +319,7 @@ def _stage(
     overrides: list[str] | None,
     variant: str | None,
     dry_run: bool,
-    kinds: tuple[type[Fostering | Distilling | Decoupling], ...],
+    kinds: tuple[str, ...],
     job: Callable[[Any, RunContext], None],
 ) -> None:
     recipe = _load(path, overrides)
@@ -347,12 +339,13 @@ def _stage(
 
 
 def _evaluate(recipe: Recipe, context: RunContext) -> None:
-    from timestep_experts.jobs.evaluate import evaluate, reported_partition, write_run_report
+    from timestep_experts.build import build_reported_partition
+    from timestep_experts.jobs.evaluate import evaluate, write_run_report
     from timestep_experts.report import interval_table, results_table
 
     results = evaluate(recipe, context)
     report = write_run_report(recipe, context, results, shlex.join(["timestep-experts", *sys.argv[1:]]))
-    intervals = reported_partition(recipe, context).intervals
+    intervals = build_reported_partition(recipe, context.family.noise.num_train_timesteps).intervals
     console.print(interval_table(results, intervals))
     console.print(results_table(results, intervals))
     console.print(f"report: [bold]{escaped(report)}", soft_wrap=True)

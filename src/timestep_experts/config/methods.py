@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, get_args
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -114,7 +114,7 @@ class DistillConfig(Strict):
     experts: ExpertsConfig
     timesteps: tuple[int, ...] = Field((999, 749, 499, 249), description="of the generator's steps, descending")
     inputs: Literal["backsim", "real"] = Field(
-        "backsim", description="experts see what earlier ones draw, or training pictures made noisy"
+        "backsim", description="experts see what earlier ones generate, or training pictures made noisy"
     )
     guidance_scale: Annotated[float, Field(ge=0)] = Field(1.75, description="of the real score; the generator has none")
     generator_interval: PositiveInt = Field(10, description="updates of the fake score (steps) per generator update")
@@ -183,8 +183,6 @@ MethodConfig: TypeAlias = Annotated[FosterConfig | DistillConfig | DecoupleConfi
 """What a variant trains. Another way of training is one more class here and one more file in ``jobs/methods``."""
 
 KINDS: Mapping[str, type[FosterConfig | DistillConfig | DecoupleConfig]] = {
-    "foster": FosterConfig,
-    "distill": DistillConfig,
-    "decouple": DecoupleConfig,
+    get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in get_args(get_args(MethodConfig)[0])
 }
 """The same by their names in a recipe."""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from timestep_experts.data import EncodedPictures
 from timestep_experts.errors import UserError
 from timestep_experts.intervals import Interval, Partition
-from timestep_experts.models import Family
+from timestep_experts.models import Family, Samples
 from timestep_experts.objectives import squared_error
 from timestep_experts.training.batches import generator_for
 
@@ -150,9 +150,8 @@ def _accumulate(
     for chosen, eps in zip(torch.split(rows, batch_size), torch.split(noise, batch_size), strict=True):
         latents, eps = pictures.latents[chosen].to(family.device), eps.to(family.device)
         times = torch.full((len(chosen),), t, device=family.device).to(kind)
-        noisy = family.noise.add_noise(latents, eps, times)
-        predicted = family.predict(noisy, times, pictures.features_at(family, chosen, times))
-        loss = squared_error(predicted, family.noise.target(latents, eps, times)).sum() / len(rows)
+        denoised = family.denoise(Samples(latents, eps, times, pictures.features_at(family, chosen, times)))
+        loss = squared_error(denoised.predicted, denoised.target).sum() / len(rows)
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()
     return total

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from timestep_experts.errors import UserError
 from timestep_experts.formats.atomic import atomic_path, write_json, write_tensors
-from timestep_experts.formats.sampling import SamplingDefaults
+from timestep_experts.formats.sampling import SamplingDefaults, sampling_of_version_1
 from timestep_experts.mixture import MixtureSpec, Mode
 
 FORMAT = "timestep-experts/bundle"
 FORMAT_VERSION = 2
+DOCUMENT, TENSORS = "mixture.json", "mixture.safetensors"
+"""The files of a bundle."""
 _SPEC = TypeAdapter(MixtureSpec)
 
 
@@ -83,8 +85,8 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
     }
     with atomic_path(folder) as draft:
         draft.mkdir()
-        write_tensors(draft / "mixture.safetensors", bundle.tensors, {"format": FORMAT})
-        write_json(draft / "mixture.json", document)
+        write_tensors(draft / TENSORS, bundle.tensors, {"format": FORMAT})
+        write_json(draft / DOCUMENT, document)
 
 
 def load_bundle(folder: Path | str) -> Bundle:
@@ -94,11 +96,11 @@ def load_bundle(folder: Path | str) -> Bundle:
         UserError: there is none, it is damaged, or it was written by a newer version.
     """
     folder = Path(folder)
-    document = _read_document(folder / "mixture.json")
+    document = _read_document(folder / DOCUMENT)
     try:
-        tensors = load_file(folder / "mixture.safetensors")
+        tensors = load_file(folder / TENSORS)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"the bundle {folder} is damaged: mixture.safetensors: {error}") from error
+        raise UserError(f"the bundle {folder} is damaged: {TENSORS}: {error}") from error
     return Bundle(
         spec=document.mixture,
         target_modules=document.target_modules,
@@ -131,22 +133,9 @@ def _read_document(path: Path) -> BundleDocument:
 
 def _from_version_1(document: dict[str, Any]) -> dict[str, Any]:
     """Lift a document that kept sampling settings in the provenance, and called base gates resting gates."""
-    provenance = document["provenance"]
-    recipe, generator = provenance.get("recipe", {}), provenance.get("sampling") or {}
-    training, clips = recipe.get("training", {}), (recipe.get("data") or {}).get("clips") or {}
     scales = [
         {("base_gate" if key == "resting_gate" else key): value for key, value in scale.items()}
         for scale in document["mixture"]["scales"]
     ]
-    sampling = {
-        "base_dtype": training.get("base_dtype", "fp32"),
-        "base_quantization": training.get("base_quantization"),
-        "resolution": recipe.get("resolution"),
-        "num_frames": clips.get("num_frames"),
-        "fps": clips["fps"] / clips.get("stride", 1) if clips.get("fps") else None,
-        "max_sequence_length": recipe.get("max_sequence_length"),
-        "scheduler": generator.get("scheduler"),
-        "timesteps": generator.get("timesteps"),
-        "guidance_scale": generator.get("guidance_scale"),
-    }
+    sampling = sampling_of_version_1(document["provenance"])
     return {**document, "mixture": {**document["mixture"], "scales": scales}, "sampling": sampling}

@@ -11,9 +11,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from timestep_experts.errors import UserError
 from timestep_experts.formats.atomic import atomic_path, write_tensors
 from timestep_experts.formats.checkpoints import Checkpoint, TensorInfo, write_streamed
-from timestep_experts.formats.sampling import SamplingDefaults
+from timestep_experts.formats.sampling import SamplingDefaults, sampling_of_version_1
 from timestep_experts.intervals import Partition
 from timestep_experts.merging import Place
 
@@ -49,6 +49,8 @@ class ExpertRecord:
         sampling: how it is meant to be sampled from.
         provenance: how it was made; for people, no code reads it.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     index: int
     boundaries: tuple[float, ...]
@@ -157,18 +159,16 @@ def read_record(folder: Path) -> ExpertRecord:
     stored = Checkpoint(folder).metadata.get(EXPERT_KEY)
     if stored is None:
         raise UserError(f"{folder} is no expert's folder: the metadata of its weights lacks {EXPERT_KEY}")
-    document = json.loads(stored)
-    version = document.get("format_version")
-    if version != _FORMAT_VERSION:
-        raise UserError(
-            f"{folder} was written in format version {version} of experts; this release reads version"
-            f" {_FORMAT_VERSION} only: train it again, or read it with the release that wrote it"
-        )
-    own = {name: value for name, value in document.items() if name not in ("format", "format_version")}
     try:
-        return _RECORD.validate_python(own)
-    except ValidationError as error:
+        document = json.loads(stored)
+        version = document["format_version"]
+        if version <= _FORMAT_VERSION:
+            own = {name: value for name, value in document.items() if name not in ("format", "format_version")}
+            lifted = {"sampling": sampling_of_version_1(own["provenance"])} if version == 1 else {}
+            return _RECORD.validate_python({**own, **lifted})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # what JSON and its schema raise
         raise UserError(f"{folder}: the metadata {EXPERT_KEY} is damaged: {error}") from error
+    raise UserError(f"{folder} has format version {version}; this release reads up to {_FORMAT_VERSION}")
 
 
 def find_experts(folder: Path) -> tuple[list[Path], Partition, ExpertRecord]:

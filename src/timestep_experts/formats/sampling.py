@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
@@ -31,3 +32,20 @@ class SamplingDefaults(BaseModel):
     guidance_scale: Annotated[float, Field(ge=0)] | None = Field(
         None, description="of classifier-free guidance; null: 3, the default of the command"
     )
+
+
+def sampling_of_version_1(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The same as files of version 1 had it, among what they said of how they were made."""
+    recipe, generator = provenance.get("recipe", {}), provenance.get("sampling") or {}
+    training, clips = recipe.get("training", {}), (recipe.get("data") or {}).get("clips") or {}
+    return {
+        "base_dtype": training.get("base_dtype", "fp32"),
+        "base_quantization": training.get("base_quantization"),
+        "resolution": recipe.get("resolution"),
+        "num_frames": clips.get("num_frames"),
+        "fps": clips["fps"] / clips.get("stride", 1) if clips.get("fps") else None,
+        "max_sequence_length": recipe.get("max_sequence_length"),
+        "scheduler": generator.get("scheduler"),
+        "timesteps": generator.get("timesteps"),
+        "guidance_scale": generator.get("guidance_scale"),
+    }

@@ -11,7 +11,8 @@ from torch import nn
 
 from timestep_experts.errors import UserError
 from timestep_experts.formats import Bundle, load_bundle
-from timestep_experts.inference.reencode import DENOISERS, Reencoder, TextExperts, reencode
+from timestep_experts.formats.model_folders import DENOISERS
+from timestep_experts.inference.reencode import Reencoder, TextExperts, reencode
 from timestep_experts.mixture import Mixture, MixtureLayer, Mode, fuse
 from timestep_experts.models import owned_intervals, timestep_scale_of
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from timestep_experts.inference.reencode import DENOISERS, Reencoder
+from timestep_experts.formats.model_folders import DENOISERS
+from timestep_experts.inference.reencode import Reencoder
 
 
 @dataclass

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from timestep_experts.errors import UserError
+from timestep_experts.formats.model_folders import DENOISERS
 from timestep_experts.mixture import Mixture
 
-DENOISERS = ("unet", "transformer", "transformer_2")
 TextExperts = Literal["step", "interval", "off"]
 _ATTRIBUTE = "_timestep_experts_reencoder"
 _MOST_JOINED = 3  # features of one argument: wanted and unwanted, and some editing pipelines add one more

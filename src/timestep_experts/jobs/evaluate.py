@@ -14,8 +14,8 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from timestep_experts.build import RunContext, build_loss_settings
-from timestep_experts.config import MAIN, Recipe
+from timestep_experts.build import RunContext, build_loss_settings, build_reported_partition
+from timestep_experts.config import Recipe
 from timestep_experts.data import ClipSettings, decode_all
 from timestep_experts.evaluation import (
     LossSettings,
@@ -39,7 +39,7 @@ from timestep_experts.jobs.media import (
     save_media,
     save_media_sheet,
 )
-from timestep_experts.jobs.methods import BaseCandidate, Candidate, method_of, methods_of
+from timestep_experts.jobs.methods import BaseCandidate, Candidate, methods_of
 from timestep_experts.jobs.paths import RunPaths
 from timestep_experts.mixture import Mixture
 from timestep_experts.report import ReportContent, write_report
@@ -56,18 +56,13 @@ def prepare_output(recipe: Recipe) -> None:
     write_text(RunPaths(recipe.output_dir).recipe, document)
 
 
-def reported_partition(recipe: Recipe, context: RunContext) -> Partition:
-    """The finest intervals of the main variant: the same for all rows of a table."""
-    return method_of(recipe, recipe.variant(MAIN)).partition(context.family.noise.num_train_timesteps)
-
-
 def evaluate(recipe: Recipe, context: RunContext) -> list[Result]:
     """Measure the base and every trained variant; what is measured already is read back.
 
     Raises:
         UserError: a variant is not trained yet.
     """
-    settings = build_loss_settings(recipe, reported_partition(recipe, context))
+    settings = build_loss_settings(recipe, _partition(recipe, context))
     rows: list[Candidate] = [BaseCandidate(recipe)]
     rows += [candidate for method in methods_of(recipe) for candidate in method.candidates()]
     for row in rows:
@@ -90,7 +85,7 @@ def write_run_report(recipe: Recipe, context: RunContext, results: Sequence[Resu
         recipe_yaml=yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False),
         command=command,
         results=results,
-        intervals=reported_partition(recipe, context).intervals,
+        intervals=_partition(recipe, context).intervals,
         training_logs=_training_logs(recipe),
         prompts=context.prompts[:NUM_SHOWN],
         pictures=pictures if context.prompts else {},
@@ -101,6 +96,10 @@ def write_run_report(recipe: Recipe, context: RunContext, results: Sequence[Resu
     write_report(paths.report, content)
     write_json(paths.results, _RESULT_LIST.dump_python(list(results), mode="json"))
     return paths.report
+
+
+def _partition(recipe: Recipe, context: RunContext) -> Partition:
+    return build_reported_partition(recipe, context.family.noise.num_train_timesteps)
 
 
 def _measure(recipe: Recipe, context: RunContext, settings: LossSettings, row: Candidate) -> Result:

@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-RESULT = "result.safetensors"
-"""In the folder of a stage: what it trained, once it is finished."""
+from timestep_experts.training.loop import RESULT
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,10 @@ class VariantPaths:
         """The folder of a stage of low-rank experts."""
         return self.folder / name
 
+    def is_finished(self, stage: str) -> bool:
+        """Whether a stage of low-rank experts is finished."""
+        return (self.stage(stage) / RESULT).is_file()
+
     def copy_stage(self, index: int) -> Path:
         """The folder of one copy's stage, with the ``expert/`` in it."""
         return self.copies / f"range-{index}"
@@ -48,7 +51,7 @@ class VariantPaths:
         return self.copy_stage(index) / "expert"
 
     def finished_stages(self) -> list[Path]:
-        """The folders of all stages that are finished."""
+        """The folders of all finished stages."""
         return sorted(path.parent for home in (self.folder, self.copies) for path in home.glob(f"*/{RESULT}"))
 
 

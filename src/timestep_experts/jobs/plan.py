@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from timestep_experts.build import build_base_dtype, build_media_settings
-from timestep_experts.config import Recipe
-from timestep_experts.data import ClipSettings
+from timestep_experts.build import build_base_dtype, build_media_settings, build_optimiser_settings
+from timestep_experts.config import OptimizerConfig, Recipe
+from timestep_experts.data import ClipSettings, EncodedPictures
 from timestep_experts.models import Family, MetaModel, read_meta_model, resolve_model
 from timestep_experts.models.quantization import quantised_bytes
+from timestep_experts.training import Training
+from timestep_experts.training.memory import fake_networks, fake_pictures, step_peak
+from timestep_experts.training.optimiser import state_bytes
 from timestep_experts.training.stage import Stage
 
 
@@ -41,7 +46,7 @@ class StagePlan:
     Args:
         variant: the name of the variant.
         stage: the name of the stage.
-        num_experts: param_groups in it.
+        num_experts: how many experts, or kinds of router parameters, learn in it.
         trainable: parameters that change.
         steps: optimiser steps.
         samples_per_expert: the fewest and the most that one of them sees.
@@ -70,17 +75,20 @@ def read_base(recipe: Recipe) -> MetaModel:
     return meta_model
 
 
+def count_trained(stage: Stage) -> int:
+    """The number of parameters that a stage changes."""
+    return sum(leaf.numel() for group in stage.param_groups for leaf in group.leaves)
+
+
 def count_stage(variant: str, stage: Stage) -> StagePlan:
     """The plan of a stage whose experts learn side by side."""
     batch = stage.plan.batch_size // len(stage.plan.strata)
-    seen = [
-        round(param_group.max_train_steps * batch / param_group.gradient_share) for param_group in stage.param_groups
-    ]
+    seen = [round(group.max_train_steps * batch / group.gradient_share) for group in stage.param_groups]
     return StagePlan(
         variant=variant,
         stage=stage.name,
         num_experts=len(stage.param_groups),
-        trainable=sum(leaf.numel() for param_group in stage.param_groups for leaf in param_group.leaves),
+        trainable=count_trained(stage),
         steps=stage.num_steps,
         samples_per_expert=(min(seen), max(seen)),
         samples=stage.num_steps * stage.plan.batch_size,
@@ -113,15 +121,49 @@ def planned_device(recipe: Recipe) -> str:
     return name.partition(":")[0]
 
 
-def prepare_for_memory(recipe: Recipe, family: Family) -> None:
-    """Set a family as `build_family` would, as far as memory depends on it."""
+def estimate_peaks(
+    recipe: Recipe, meta_model: MetaModel, make: Callable[[Family], Sequence[Training]], *, trains_text: bool
+) -> list[tuple[Training, int]]:
+    """The most bytes that one step of each training needs beside what is held, measured on fake tensors.
+
+    Args:
+        recipe: of the run.
+        meta_model: its base, whose parameters become fake.
+        make: the trainings, of those parameters.
+        trains_text: whether text encoders carry experts, so that captions are kept as tokens.
+    """
+    # A sample meets one of two denoisers, and they are alike.
+    family = meta_model.make_family(with_second_denoiser=False)
     if recipe.max_sequence_length is not None:
         family.set_max_sequence_length(recipe.max_sequence_length)
     if recipe.training.gradient_checkpointing:
         family.checkpoint_gradients()
+    with fake_networks(list(meta_model.networks.values())), warnings.catch_warnings():
+        # A copy of a fake tensor asks for its address.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        pictures = fake_pictures(family, _pixel_shape(recipe, family), as_tokens=trains_text)
+        return [(training, _step_peak(recipe, training, pictures)) for training in make(family)]
 
 
-def pixel_shape(recipe: Recipe, family: Family) -> tuple[int, ...]:
+def _step_peak(recipe: Recipe, training: Training, pictures: EncodedPictures) -> int:
+    settings = recipe.training
+    return step_peak(
+        training,
+        pictures,
+        settings.gradient_accumulation_steps,
+        settings.mixed_precision,
+        on_accelerator=planned_device(recipe) != "cpu",
+    )
+
+
+def optimiser_bytes(optimiser: OptimizerConfig, stage: Stage) -> int:
+    """The bytes of the optimiser's state over what a stage changes."""
+    settings = build_optimiser_settings(optimiser)
+    shapes = [leaf.shape for group in stage.param_groups for leaf in group.leaves]
+    return state_bytes(settings.name, settings.options, shapes)
+
+
+def _pixel_shape(recipe: Recipe, family: Family) -> tuple[int, ...]:
     """The shape of a picture ``(3, H, W)`` or a clip ``(3, F, H, W)`` of the recipe's data."""
     media = build_media_settings(recipe, family.default_num_frames, flip=False)
     frames = (media.num_frames,) if isinstance(media, ClipSettings) else ()

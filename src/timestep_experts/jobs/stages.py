@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from timestep_experts.build import RunContext, build_loop_settings, build_loss_settings, build_optimiser_settings
+from timestep_experts.build import RunContext, build_loop_settings, build_loss_settings
 from timestep_experts.config import OptimizerConfig, Recipe
 from timestep_experts.evaluation import loss_curve
 from timestep_experts.inference import SampleSettings, reencoding, sample
@@ -18,9 +18,9 @@ from timestep_experts.intervals import Partition
 from timestep_experts.jobs.media import save_media_sheet
 from timestep_experts.mixture import Mixture, Mode
 from timestep_experts.models import Family
+from timestep_experts.training import Training
 from timestep_experts.training.log import RunLog
 from timestep_experts.training.loop import run_stage
-from timestep_experts.training.stage import Stage, Trainable
 
 _DECIDING = ("mixed_precision", "base_dtype", "base_quantization", "gradient_accumulation_steps")
 
@@ -54,9 +54,7 @@ def preview_experts(
 def train_stage(
     recipe: Recipe,
     context: RunContext,
-    stage: Stage,
-    trainee: Trainable,
-    family: Family,
+    training: Training,
     optimiser: OptimizerConfig,
     folder: Path,
     method: dict[str, Any],
@@ -67,9 +65,7 @@ def train_stage(
     Args:
         recipe: of the run.
         context: base and pictures.
-        stage: to be run.
-        trainee: what it changes.
-        family: the base around what is trained.
+        training: the stage, what it changes, and the base around it.
         optimiser: its section.
         folder: of the stage.
         method: whatever of the method decides the bytes of the result.
@@ -80,12 +76,9 @@ def train_stage(
     """
     with encoders_away(recipe, context):
         run_stage(
-            stage,
-            trainee,
-            family,
+            training,
             context.train,
-            build_optimiser_settings(optimiser),
-            build_loop_settings(recipe),
+            build_loop_settings(recipe, optimiser),
             folder,
             fingerprint(recipe, context, method),
             lambda step, log: _observe(recipe, context, preview, folder, step, log),

@@ -46,7 +46,7 @@ class MetaModel:
 
     def cast_to(self, dtype: torch.dtype) -> None:
         """All networks in another dtype, but for the parts that diffusers keeps in fp32."""
-        for network in self.networks().values():
+        for network in self.networks.values():
             kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
             for name, parameter in network.named_parameters():
                 if kept.isdisjoint(name.split(".")):
@@ -64,10 +64,11 @@ class MetaModel:
             UserError: what is loaded is missing or unreadable.
         """
         left_out = {} if with_second_denoiser else {name: None for name in SECOND_DENOISERS if name in self.denoisers}
-        return self.family.around(self.source, {**self.networks(), **left_out})
+        return self.family.around(self.source, {**self.networks, **left_out})
 
+    @property
     def networks(self) -> dict[str, nn.Module]:
-        """All of them by name."""
+        """All networks by name, on the meta device."""
         return {**self.denoisers, **self.text_encoders, **self.autoencoders}
 
 

@@ -19,7 +19,7 @@ from timestep_experts.objectives import SnrWeighting, loss_weight, squared_error
 from timestep_experts.training.batches import Batch, BatchPlan, generator_for
 from timestep_experts.training.full_copy import FullCopy
 from timestep_experts.training.param_group import ParamGroup
-from timestep_experts.training.stage import Precision, Stage
+from timestep_experts.training.stage import Precision, Stage, Training
 
 Sampling = Literal["sample", "batch"]
 Weighting = SnrWeighting | Literal["uncertainty"]
@@ -71,18 +71,10 @@ class DecoupleSettings:
 
 
 @dataclass(frozen=True)
-class Decoupled:
-    """The training of one range.
+class Decoupled(Training):
+    """The training of one range; the trainee is the copy that learns, and the family is the base around it."""
 
-    Args:
-        stage: to be run.
-        trainee: the copy that learns.
-        family: the base around the copy.
-    """
-
-    stage: Stage
     trainee: FullCopy
-    family: Family
 
 
 @dataclass(frozen=True)

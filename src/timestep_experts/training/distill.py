@@ -23,7 +23,7 @@ from timestep_experts.training.distill_batches import DistillPlan
 from timestep_experts.training.generator import Generator, copy_base, trainable_copy
 from timestep_experts.training.matching import Adversary, Distilling, Inputs
 from timestep_experts.training.param_group import ParamGroup
-from timestep_experts.training.stage import Stage
+from timestep_experts.training.stage import Stage, Training
 
 ROUTER = "router"
 
@@ -122,18 +122,15 @@ class Distilled:
 
 
 @dataclass(frozen=True)
-class DistillStage:
-    """A stage and what it changes.
+class DistillStage(Training):
+    """One phase of one expert, or of the routers.
 
     Args:
         expert: ``<scale>.<index>``, or `ROUTER`.
-        stage: to be run.
-        trainee: with it.
     """
 
-    expert: str
-    stage: Stage
     trainee: Distilled
+    expert: str
 
 
 def expert_order(mixture: Mixture) -> list[tuple[Scale, int]]:
@@ -289,7 +286,8 @@ class _StageMaker:
             head is not None,
         )
         stage = Stage(name, [*param_groups, critic], plan, objective, set_mode, prepare, report=objective.take_values)
-        return DistillStage(expert, stage, Distilled(own, self.mixture, self.fake.denoiser, head))
+        trainee = Distilled(own, self.mixture, self.fake.denoiser, head)
+        return DistillStage(stage, trainee, self.family, expert)
 
     def _start_anew(self) -> None:
         """The fake score is the base again, and the discriminator knows nothing."""

@@ -34,7 +34,7 @@ class FiniteWatch:
         self.losses.scatter_reduce_(0, strata, steps, "amin")
 
     def note_gradients(self, step: int, norms: Sequence[Tensor]) -> None:
-        """One gradient norm per param_group."""
+        """One gradient norm per parameter group."""
         steps = torch.where(torch.stack(list(norms)).to(self.gradients.device).isfinite(), _NEVER, step)
         self.gradients = torch.minimum(self.gradients, steps)
 
@@ -45,13 +45,13 @@ class FiniteWatch:
             UserError: something was not finite; names the stage, the step, the interval and the experts.
         """
         lines = [
-            f"the loss of {interval}, of {', '.join(self.stage.param_groups_of(interval))}, since step {step + 1}"
+            f"the loss of {interval}, of {', '.join(self.stage.group_names_of(interval))}, since step {step + 1}"
             for interval, step in zip(self.stage.plan.strata.intervals, self.losses.tolist(), strict=True)
             if step != _NEVER
         ]
         lines += [
-            f"the gradient of {param_group.name}, since step {step + 1}"
-            for param_group, step in zip(self.stage.param_groups, self.gradients.tolist(), strict=True)
+            f"the gradient of {group.name}, since step {step + 1}"
+            for group, step in zip(self.stage.param_groups, self.gradients.tolist(), strict=True)
             if step != _NEVER
         ]
         if lines:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -46,6 +46,16 @@ class RunLog:
         """Close both files."""
         self._file.close()
         self._board.close()
+
+
+def training_cost(stages: Iterable[Path]) -> tuple[int, float]:
+    """The samples and the seconds of finished stages, by their folders, all together."""
+    samples, seconds = 0, 0.0
+    for folder in stages:
+        records = [record for record in read_log(folder) if "num_images_seen" in record]
+        samples += int(records[-1]["num_images_seen"])
+        seconds += sum(record["seconds"] for record in records)
+    return samples, seconds
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:

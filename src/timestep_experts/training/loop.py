@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,12 @@ from timestep_experts.training.finite import FiniteWatch
 from timestep_experts.training.log import RunLog
 from timestep_experts.training.optimiser import OptimiserSettings, set_learning_rate
 from timestep_experts.training.param_group import learning_rate_factor
-from timestep_experts.training.stage import Plan, Precision, Stage, Trainable, gradients_of
+from timestep_experts.training.stage import Plan, Precision, Training, gradients_of
+
+RESULT = "result.safetensors"
+"""In the folder of a stage: what it trained, once it is finished."""
+FINGERPRINT = "fingerprint.json"
+"""Beside it: whatever decided its bytes."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class LoopSettings:
     """How long, how often, how precisely.
 
     Args:
+        optimiser: which one, its schedule and its clip.
         gradient_accumulation_steps: micro-batches per optimiser step; the batch is cut, not multiplied.
         mixed_precision: ``bf16`` runs the denoiser under autocast; parameters and optimiser stay fp32.
         checkpointing_steps: ``None`` writes none but the result.
@@ -39,6 +45,7 @@ class LoopSettings:
         validation_steps: how often the observer is called; ``None`` only at the end.
     """
 
+    optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
     gradient_accumulation_steps: int = 1
     mixed_precision: Precision = "no"
     checkpointing_steps: int | None = 500
@@ -52,11 +59,8 @@ Observer = Callable[[int, RunLog], None]
 
 
 def run_stage(
-    stage: Stage,
-    trainee: Trainable,
-    family: Family,
+    training: Training,
     pictures: EncodedPictures,
-    optimiser_settings: OptimiserSettings,
     settings: LoopSettings,
     folder: Path,
     fingerprint: Mapping[str, Any],
@@ -65,11 +69,8 @@ def run_stage(
     """Train one stage, going on from the newest checkpoint in ``folder``; a finished stage is only loaded.
 
     Args:
-        stage: what to do.
-        trainee: what the stage changes in place, e.g. a mixture that is attached to the family's denoiser.
-        family: the base.
+        training: the stage, what it changes, and the base.
         pictures: the training set.
-        optimiser_settings: see there.
         settings: see there.
         folder: of the stage; receives ``checkpoint-N/``, ``log.jsonl``, ``tensorboard/`` and ``result.safetensors``.
         fingerprint: what the run is; a folder of a run with another fingerprint is refused.
@@ -79,17 +80,18 @@ def run_stage(
         UserError: the folder holds another run, captions are to be dropped where there is no empty one, or a loss or
             gradient is not finite; the last checkpoint is kept then.
     """
-    _require_empty_caption(stage.plan, family)
-    result = folder / "result.safetensors"
+    stage, trainee = training.stage, training.trainee
+    _require_empty_caption(stage.plan, training.family)
+    result = folder / RESULT
     if result.is_file():
         require_same_fingerprint(_read_fingerprint(folder), fingerprint, folder)
         trainee.load_state_dict(load_file(result))
         return
-    optimiser = optimiser_settings.build(stage.param_groups)
-    start = _start(stage, trainee, optimiser, folder, fingerprint)
-    watch = FiniteWatch(stage, folder, family.device)
-    stepper = _Stepper(stage, watch, family, pictures, optimiser, optimiser_settings, settings)
-    with RunLog(folder, start) as log, gradients_of(stage, trainee):
+    optimiser = settings.optimiser.build(stage.param_groups)
+    start = _start(training, optimiser, folder, fingerprint)
+    watch = FiniteWatch(stage, folder, training.family.device)
+    stepper = _Stepper(training, pictures, optimiser, settings, watch)
+    with RunLog(folder, start) as log, gradients_of(training):
         bar = tqdm(range(start, stage.num_steps), desc=stage.name, initial=start, total=stage.num_steps, unit="step")
         for step in bar:
             stepper.step(step)
@@ -109,7 +111,7 @@ def run_stage(
             if observe and is_observed:
                 observe(done, log)
                 stepper.restart_clock()
-    write_json(folder / "fingerprint.json", dict(fingerprint))
+    write_json(folder / FINGERPRINT, dict(fingerprint))
     write_tensors(result, trainee.state_dict())
 
 
@@ -118,22 +120,20 @@ class _Stepper:
 
     def __init__(
         self,
-        stage: Stage,
-        watch: FiniteWatch,
-        family: Family,
+        training: Training,
         pictures: EncodedPictures,
         optimiser: torch.optim.Optimizer,
-        optimiser_settings: OptimiserSettings,
         settings: LoopSettings,
+        watch: FiniteWatch,
     ) -> None:
-        self.stage, self.watch, self.family, self.pictures = stage, watch, family, pictures
-        self.optimiser, self.settings = optimiser, settings
-        self.max_grad_norm = optimiser_settings.max_grad_norm
+        self.stage, self.family, self.pictures = training.stage, training.family, pictures
+        self.optimiser, self.settings, self.watch = optimiser, settings, watch
+        schedule = settings.optimiser
         self.factors = [
-            learning_rate_factor(optimiser_settings.lr_scheduler, optimiser_settings.lr_warmup_steps, steps)
-            for steps in (param_group.max_train_steps for param_group in stage.param_groups)
+            learning_rate_factor(schedule.lr_scheduler, schedule.lr_warmup_steps, group.max_train_steps)
+            for group in self.stage.param_groups
         ]
-        self.parameters = stage.parameters()
+        self.parameters = self.stage.parameters()
         self._forget_log()
 
     def step(self, step: int) -> None:
@@ -150,7 +150,7 @@ class _Stepper:
         ):
             if step < param_group.max_train_steps:
                 set_learning_rate(group, param_group.learning_rate * factor(step))
-                norms.append(param_group.take_gradients(self.max_grad_norm))
+                norms.append(param_group.take_gradients(self.settings.optimiser.max_grad_norm))
             else:
                 norms.append(self.loss_sums.new_zeros(()))
         self.watch.note_gradients(step, norms)
@@ -202,16 +202,14 @@ def _require_empty_caption(plan: Plan, family: Family) -> None:
         )
 
 
-def _start(
-    stage: Stage, trainee: Trainable, optimiser: torch.optim.Optimizer, folder: Path, fingerprint: Mapping[str, Any]
-) -> int:
+def _start(training: Training, optimiser: torch.optim.Optimizer, folder: Path, fingerprint: Mapping[str, Any]) -> int:
     """Steps done; trainee and optimiser are put where they were then."""
     resumed = load_latest_checkpoint(folder, optimiser, fingerprint)
     if resumed is None:
-        stage.prepare()
+        training.stage.prepare()
         return 0
     step, tensors = resumed
-    trainee.load_state_dict(tensors)
+    training.trainee.load_state_dict(tensors)
     return step
 
 
@@ -220,5 +218,5 @@ def _is_due(step: int, every: int | None) -> bool:
 
 
 def _read_fingerprint(folder: Path) -> dict[str, Any]:
-    stored: dict[str, Any] = json.loads((folder / "fingerprint.json").read_text(encoding="utf-8"))
+    stored: dict[str, Any] = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
     return stored

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from timestep_experts.data import EncodedPictures
 from timestep_experts.models import Family
 from timestep_experts.training.batches import Batch
-from timestep_experts.training.stage import Precision, Stage, Trainable, gradients_of
+from timestep_experts.training.stage import Precision, Training, gradients_of
 
 _FP32_ON_ACCELERATORS = ("group_norm", "layer_norm", "softmax")
 
@@ -125,9 +125,7 @@ def fake_pictures(family: Family, pixel_shape: Sequence[int], *, as_tokens: bool
 
 
 def step_peak(
-    stage: Stage,
-    trainee: Trainable,
-    family: Family,
+    training: Training,
     pictures: EncodedPictures,
     accumulation_steps: int,
     precision: Precision,
@@ -140,21 +138,20 @@ def step_peak(
     matrix of all pairs of tokens.
 
     Args:
-        stage: whose step.
-        trainee: on fake networks.
-        family: of fake networks.
+        training: of fake networks.
         pictures: see `fake_pictures`.
         accumulation_steps: into how many micro-batches a batch is cut; from the second one on, all gradients are there.
         precision: see `LoopSettings`.
         on_accelerator: autocast as on a GPU.
     """
+    stage, family = training.stage, training.family
     parameters = stage.parameters()
     gradients = 4 * sum(parameter.numel() for parameter in parameters)
     chunk = _fake_batch(-(-stage.plan.batch_size // accumulation_steps), pictures, family)
     held = [*_tensors_of(family), *parameters, pictures.latents, *pictures.features.values()]
     meter = PeakMeter(held)
     stage.set_mode()
-    with gradients_of(stage, trainee), autocast_of_accelerators() if on_accelerator else nullcontext():
+    with gradients_of(training), autocast_of_accelerators() if on_accelerator else nullcontext():
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter) if accumulation_steps > 1 else None
         with meter:

@@ -32,7 +32,7 @@ class OptimiserSettings:
         options: its keyword arguments, but for the learning rate.
         lr_scheduler: a schedule of diffusers, e.g. ``constant``, ``constant_with_warmup``, ``linear``, ``cosine``.
         lr_warmup_steps: of the schedule.
-        max_grad_norm: per param_group; ``None`` clips nothing.
+        max_grad_norm: per parameter group; ``None`` clips nothing.
     """
 
     name: str = "AdamW"
@@ -42,12 +42,12 @@ class OptimiserSettings:
     max_grad_norm: float | None = 1.0
 
     def build(self, param_groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
-        """One parameter group per param_group.
+        """Build the optimiser over parameter groups.
 
         Raises:
             UserError: see `make_optimiser`.
         """
-        return make_optimiser(self.name, self.options, [param_group.parameter_group for param_group in param_groups])
+        return make_optimiser(self.name, self.options, [group.for_optimiser for group in param_groups])
 
 
 def make_optimiser(name: str, options: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:

@@ -24,7 +24,7 @@ class ParamGroup:
 
     Args:
         name: for logs, e.g. ``n8.3``.
-        slices: stacked parameters with the index of this param_group's slice; ``None`` takes all of it.
+        slices: stacked parameters with the index of this group's slice; ``None`` takes all of it.
         learning_rate: its peak.
         max_train_steps: its budget; afterwards the optimiser no longer sees it.
         gradient_share: gradients are multiplied by it: 1 / (strata that it owns), so its loss is the mean over its own
@@ -51,7 +51,7 @@ class ParamGroup:
         self.leaves = [p.detach() if i is None else p.detach()[i] for p, i in self.slices]
 
     @property
-    def parameter_group(self) -> dict[str, Any]:
+    def for_optimiser(self) -> dict[str, Any]:
         """What an optimiser is given."""
         own = {} if self.weight_decay is None else {"weight_decay": self.weight_decay}
         return {"params": self.leaves, "lr": self.learning_rate, **own}
@@ -62,7 +62,7 @@ class ParamGroup:
             if parameter.grad is not None:
                 leaf.grad = parameter.grad if index is None else parameter.grad[index]
         gradients = [leaf.grad for leaf in self.leaves if leaf.grad is not None]
-        if not gradients:  # it is not this param_group's turn
+        if not gradients:  # it is not this group's turn
             return self.leaves[0].new_zeros(())
         if self.gradient_share != 1:
             torch._foreach_mul_(gradients, self.gradient_share)

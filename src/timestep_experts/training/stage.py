@@ -32,7 +32,7 @@ class Trainable(Protocol):
         ...
 
     def trained_modules(self) -> Iterable[nn.Module]:
-        """The modules that are put into training mode, frozen but for what param_groups own."""
+        """The modules that are put into training mode; only what the parameter groups own is not frozen."""
         ...
 
 
@@ -80,7 +80,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class Denoising:
-    """The base's own loss (TSM, eq. 3): what the denoiser says against its target.
+    """The base's own loss (TSM, eq. 3): the prediction of the denoiser against its target.
 
     Args:
         samples_per_mean: the loss is summed over samples and divided by this; with b samples per stratum, b gives the
@@ -126,25 +126,40 @@ class Stage:
 
     @property
     def num_steps(self) -> int:
-        """Until the last param_group's budget is spent."""
-        return max(param_group.max_train_steps for param_group in self.param_groups)
+        """Until the budget of the last parameter group is spent."""
+        return max(group.max_train_steps for group in self.param_groups)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The stacked parameters of which param_groups own slices, each once."""
-        return list({id(p): p for param_group in self.param_groups for p, _ in param_group.slices}.values())
+        """The stacked parameters of which parameter groups own slices, each once."""
+        return list({id(p): p for group in self.param_groups for p, _ in group.slices}.values())
 
-    def param_groups_of(self, stratum: Interval) -> list[str]:
-        """The names of those who learn from a stratum's samples."""
-        return [item.name for item in self.param_groups if item.interval is None or item.interval.covers(stratum)]
+    def group_names_of(self, stratum: Interval) -> list[str]:
+        """The names of the groups that learn from a stratum's samples."""
+        return [g.name for g in self.param_groups if g.interval is None or g.interval.covers(stratum)]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A stage with all that it touches.
+
+    Args:
+        stage: to be run.
+        trainee: what the stage changes in place, such as a mixture on the family's denoiser.
+        family: the base, with the trainee in it.
+    """
+
+    stage: Stage
+    trainee: Trainable
+    family: Family
 
 
 @contextmanager
-def gradients_of(stage: Stage, trainee: Trainable) -> Iterator[None]:
-    """While open, exactly this stage's parameters require gradients, and dropout is on."""
-    modules = list(trainee.trained_modules())
+def gradients_of(training: Training) -> Iterator[None]:
+    """While open, exactly the stage's parameters require gradients, and dropout is on."""
+    modules = list(training.trainee.trained_modules())
     for module in modules:
         module.requires_grad_(False).train()
-    for parameter in stage.parameters():
+    for parameter in training.stage.parameters():
         parameter.requires_grad_(True)
     try:
         yield

@@ -117,7 +117,7 @@ def describe_merge(
 def search_copies(
     split: MergeSplit, experts: Sequence[MergeInput], groups: WeightGroups, settings: SearchSettings
 ) -> tuple[Search, MergeBench]:
-    """Search for the weights of copies of the split's one denoiser, which has its own weights back afterwards.
+    """Search for the weights of copies of the one denoiser, which has its own weights back afterwards.
 
     Args:
         split: what merges are tried on.

@@ -70,7 +70,8 @@ def _render_one(scene: Scene, domain: str, rng: np.random.Generator, resolution:
         y = ((grid_y - centre_y) * turn_x - (grid_x - centre_x) * turn_y) / radius
         pixel = 1 / (radius * resolution)
         picture = paint(picture, item, x.astype(np.float32), y.astype(np.float32), pixel)
-    return (picture.clip(0, 1) * 255).round().astype(np.uint8)
+    pixels: NDArray[np.uint8] = (picture.clip(0, 1) * 255).round().astype(np.uint8)
+    return pixels
 
 
 def _paint_flat(picture: Array, item: SceneObject, x: Array, y: Array, pixel: float) -> Array:
@@ -86,11 +87,11 @@ def _paint_neon(picture: Array, item: SceneObject, x: Array, y: Array, pixel: fl
     distance = shape_distance(item.shape, x, y)
     marks = texture_coverage(item.texture, x, y, pixel)[..., None]
     inside = _coverage(distance, pixel)[..., None]
-    meta_model = _coverage(np.abs(distance) - 0.07, pixel)[..., None]
+    outline = _coverage(np.abs(distance) - 0.07, pixel)[..., None]
     glow = (0.35 * np.exp(-np.maximum(distance, 0) / 0.22))[..., None] * (1 - inside)
     fill = colour * (0.28 + 0.62 * marks)
     lit = picture * (1 - inside) + fill * inside + colour * glow
-    return lit * (1 - meta_model) + colour * meta_model
+    return lit * (1 - outline) + colour * outline
 
 
 def _coverage(distance: Array, pixel: float) -> Array:
@@ -121,13 +122,14 @@ def texture_coverage(texture: str, x: Array, y: Array, pixel: float) -> Array:
 
 
 def shape_distance(shape: str, x: Array, y: Array) -> Array:
-    """Signed distance to the meta_model of a shape of about unit radius, negative inside."""
+    """Signed distance to the outline of a shape of about unit radius, negative inside."""
     if shape == "circle":
         return np.hypot(x, y) - 0.92
     if shape == "square":
         return _box_distance(x, y, 0.82, 0.82)
     if shape == "diamond":
-        return (np.abs(x) + np.abs(y) - 1.12) / np.float32(np.sqrt(2))
+        distance: Array = (np.abs(x) + np.abs(y) - 1.12) / np.float32(np.sqrt(2))
+        return distance
     if shape == "cross":
         return np.minimum(_box_distance(x, y, 0.98, 0.34), _box_distance(x, y, 0.34, 0.98))
     points = {"triangle": 3, "star": 5}[shape]

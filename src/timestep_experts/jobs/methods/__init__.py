@@ -5,7 +5,7 @@ Another way of training is one more file here, its name in `method_of`, and its 
 
 from __future__ import annotations
 
-from typing import assert_never
+from typing_extensions import assert_never
 
 from timestep_experts.config import DecoupleConfig, DistillConfig, FosterConfig, Recipe, Variant
 from timestep_experts.jobs.methods.base import BaseCandidate

@@ -15,7 +15,6 @@ from timestep_experts.inference import SampleSettings
 from timestep_experts.jobs.methods.protocol import Costs
 from timestep_experts.mixture import Mixture, ParameterCount
 from timestep_experts.models import Family
-from timestep_experts.training.log import read_log
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,3 @@ class BaseCandidate:
     def sampling(self, media: MediaSettings) -> SampleSettings:
         """As the recipe says."""
         return build_sample_settings(self.recipe, media)
-
-
-def training_cost(stages: list[Path]) -> tuple[int, float]:
-    """Samples and seconds of finished stages."""
-    samples, seconds = 0, 0.0
-    for folder in stages:
-        records = [record for record in read_log(folder) if "num_images_seen" in record]
-        samples += int(records[-1]["num_images_seen"])
-        seconds += sum(record["seconds"] for record in records)
-    return samples, seconds

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from timestep_experts.build import (
     RunContext,
     build_decouple_settings,
-    build_decoupled_partition,
-    build_optimiser_settings,
     build_sample_settings,
     build_sampling_defaults,
 )
@@ -32,9 +29,8 @@ from timestep_experts.formats.experts import (
 )
 from timestep_experts.inference import SampleSettings, attach_ensemble
 from timestep_experts.intervals import Partition
-from timestep_experts.jobs.methods.base import training_cost
-from timestep_experts.jobs.methods.bundles import require_merged
-from timestep_experts.jobs.methods.merging import base_sha256, merge_copies
+from timestep_experts.jobs.methods.low_rank import require_merged
+from timestep_experts.jobs.methods.merging import Merging, base_sha256
 from timestep_experts.jobs.methods.protocol import Candidate, Costs
 from timestep_experts.jobs.paths import VariantPaths
 from timestep_experts.jobs.plan import (
@@ -42,9 +38,9 @@ from timestep_experts.jobs.plan import (
     StagePlan,
     base_bytes,
     count_stage,
-    pixel_shape,
+    estimate_peaks,
+    optimiser_bytes,
     planned_device,
-    prepare_for_memory,
     read_base,
 )
 from timestep_experts.jobs.stages import Preview, train_stage
@@ -53,15 +49,13 @@ from timestep_experts.mixture import Mixture, ParameterCount
 from timestep_experts.models import Family, MetaModel
 from timestep_experts.training import Decoupled, DecoupleSettings, decouple
 from timestep_experts.training.full_copy import FullCopy, matching_names
-from timestep_experts.training.memory import fake_networks, fake_pictures, step_peak
-from timestep_experts.training.optimiser import state_bytes
+from timestep_experts.training.log import training_cost
 
 
 @dataclass(frozen=True)
 class Decoupling:
     """See `Method`."""
 
-    kind: ClassVar[str] = "decouple"
     recipe: Recipe
     variant: Variant
     config: DecoupleConfig
@@ -71,7 +65,8 @@ class Decoupling:
         """Train the copies of all ranges, and merge them if the variant says so."""
         for index in range(self.config.num_ranges):
             self.train_range(index, context)
-        merge_copies(self.recipe, self.variant, self.paths, context, self.partition)
+        if self.variant.merge is not None:
+            Merging(self.recipe, self.variant.merge, self.paths, context).merge_copies()
 
     def train_range(self, index: int, context: RunContext) -> tuple[Path, tuple[str, ...]]:
         """Train the copy of one range and write its folder, which ``merge`` and any diffusers tool read.
@@ -99,9 +94,7 @@ class Decoupling:
             train_stage(
                 self.recipe,
                 context,
-                decoupled.stage,
-                decoupled.trainee,
-                decoupled.family,
+                decoupled,
                 self.config.optimizer,
                 self.paths.copy_stage(index),
                 self._deciding(settings, index),
@@ -157,10 +150,6 @@ class Decoupling:
         rows: list[Candidate] = [CopiesCandidate(self, "switch")]
         return rows if self.variant.merge is None else [*rows, CopiesCandidate(self, "merged")]
 
-    def partition(self, num_train_timesteps: int) -> Partition:
-        """The ranges."""
-        return build_decoupled_partition(self.config, num_train_timesteps)
-
     def notes(self) -> list[str]:
         """See `Method`."""
         return [
@@ -184,42 +173,22 @@ class Decoupling:
             plans.append(replace(plan, samples_per_expert=(plan.samples, plan.samples), num_experts=1))
         if not with_memory:
             return plans
-        memory = self._estimate(meta_model, family, settings)
+        memory = self._estimate(meta_model, settings)
         return [replace(plan, memory=memory) for plan in plans]
 
-    def _estimate(self, meta_model: MetaModel, family: Family, settings: DecoupleSettings) -> Memory:
-        """The memory of one range's training, which is that of every other one: a step of it on fake tensors."""
-        recipe, training = self.recipe, self.recipe.training
-        on_accelerator = planned_device(recipe) != "cpu"
-        base = base_bytes(recipe, meta_model, trains_text=False)
-        if not settings.consistency and on_accelerator:
-            base -= sum(tensor.nbytes for tensor in (*family.denoiser.parameters(), *family.denoiser.buffers()))
-        prepare_for_memory(recipe, family)
-        networks = [
-            *meta_model.denoisers.values(),
-            *meta_model.text_encoders.values(),
-            *meta_model.autoencoders.values(),
-        ]
-        with fake_networks(networks):
-            pictures = fake_pictures(family, pixel_shape(recipe, family), as_tokens=False)
-            with warnings.catch_warnings():  # a copy of a fake tensor asks for its address
-                warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-                made = decouple(family, settings, 0)
-            peak = step_peak(
-                made.stage,
-                made.trainee,
-                made.family,
-                pictures,
-                training.gradient_accumulation_steps,
-                training.mixed_precision,
-                on_accelerator=on_accelerator,
-            )
-        optimiser = build_optimiser_settings(self.config.optimizer)
+    def _estimate(self, meta_model: MetaModel, settings: DecoupleSettings) -> Memory:
+        """The memory of one range's training, which is that of every other one."""
+        [(made, peak)] = estimate_peaks(
+            self.recipe, meta_model, lambda family: [decouple(family, settings, 0)], trains_text=False
+        )
+        base = base_bytes(self.recipe, meta_model, trains_text=False)
+        if not settings.consistency and planned_device(self.recipe) != "cpu":
+            base -= sum(t.nbytes for n in meta_model.denoisers.values() for t in (*n.parameters(), *n.buffers()))
         trained = 4 * sum(parameter.numel() for parameter in made.stage.parameters())
-        copies = sum(4 * p.numel() for p in made.trainee.denoiser.parameters())
-        copies += trained * (settings.ema_decay is not None)
-        shapes = [leaf.shape for param_group in made.stage.param_groups for leaf in param_group.leaves]
-        return Memory(base, copies + trained + state_bytes(optimiser.name, optimiser.options, shapes), peak - trained)
+        copy = 4 * sum(parameter.numel() for parameter in made.family.denoiser.parameters())
+        averages = trained * (settings.ema_decay is not None)
+        state = optimiser_bytes(self.config.optimizer, made.stage)
+        return Memory(base, copy + averages + trained + state, peak - trained)
 
 
 @dataclass(frozen=True)
@@ -242,9 +211,9 @@ class CopiesCandidate:
 
     def files(self) -> list[Path]:
         """The weights of all copies, or of the merged one."""
-        if self.mode == "merged":
-            return list(Checkpoint(self.method.paths.merged).files)
-        return copy_files(self.method.paths)
+        merged = [self.method.paths.merged]
+        folders = merged if self.mode == "merged" else find_experts(self.method.paths.copies)[0]
+        return [file for folder in folders for file in Checkpoint(folder).files]
 
     @contextmanager
     def on(self, family: Family) -> Iterator[Mixture | None]:
@@ -274,16 +243,6 @@ class CopiesCandidate:
     def sampling(self, media: MediaSettings) -> SampleSettings:
         """As the base."""
         return build_sample_settings(self.method.recipe, media)
-
-
-def copy_files(paths: VariantPaths) -> list[Path]:
-    """The weights of all copies, from low to high noise.
-
-    Raises:
-        UserError: a range has none yet.
-    """
-    folders, _, _ = find_experts(paths.copies)
-    return [file for folder in folders for file in Checkpoint(folder).files]
 
 
 def expert_tensors(trainee: FullCopy, deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from timestep_experts.build import RunContext
+from timestep_experts.config import Variant
 from timestep_experts.data import MediaSettings
 from timestep_experts.inference import SampleSettings
-from timestep_experts.intervals import Partition
+from timestep_experts.jobs.paths import VariantPaths
 from timestep_experts.jobs.plan import StagePlan
 from timestep_experts.mixture import Mixture, Mode, ParameterCount
 from timestep_experts.models import Family
@@ -74,6 +75,16 @@ class Candidate(Protocol):
 class Method(Protocol):
     """One way of training, for one variant of a recipe."""
 
+    @property
+    def variant(self) -> Variant:
+        """What is trained."""
+        ...
+
+    @property
+    def paths(self) -> VariantPaths:
+        """Where its files are."""
+        ...
+
     def plan(self, *, with_memory: bool = False) -> list[StagePlan]:
         """Every stage, counted on the meta device: nothing is loaded or trained.
 
@@ -91,10 +102,6 @@ class Method(Protocol):
 
     def candidates(self) -> list[Candidate]:
         """The rows that it gives to a table."""
-        ...
-
-    def partition(self, num_train_timesteps: int) -> Partition:
-        """The finest intervals of what is trained."""
         ...
 
     def notes(self) -> list[str]:
