@@ -38,11 +38,11 @@ from picture_features import features_of, load_classifier
 from timestep_experts.build import (
     RunContext,
     build_context,
+    build_datasets,
+    build_decode_settings,
     build_decoupled_partition,
     build_family,
     build_loss_settings,
-    build_media_settings,
-    build_picture_sets,
     build_sample_settings,
     build_validation,
 )
@@ -222,7 +222,7 @@ def _context(document: str) -> RunContext:
 
 
 def _held_out(recipe: Recipe) -> Any:
-    return build_picture_sets(recipe)[1]
+    return build_datasets(recipe)[1]
 
 
 def measure(job: RowJob) -> ResultRow:
@@ -329,7 +329,7 @@ def _measure_model(recipe: Recipe, settings: Settings, served: Sequence[Path]) -
 
 def draw(family: Family, recipe: Recipe, count: int) -> NDArray[np.uint8]:
     """Pictures of a pipeline without text, in the precision of training; picture i of all rows begins at one noise."""
-    settings = build_sample_settings(recipe, build_media_settings(recipe, None, flip=False))
+    settings = build_sample_settings(recipe, build_decode_settings(recipe, None, flip=False))
     with torch.autocast(family.device.type, torch.bfloat16, enabled=recipe.training.mixed_precision == "bf16"):
         return sample(family.pipeline(), [""] * count, settings)
 
@@ -339,9 +339,9 @@ def _references(document: str, report: str, features: Path) -> tuple[Tensor, Ten
     """Features of the reporting pictures and, as the least distance that real pictures have, of the choosing ones."""
     recipe = Recipe.model_validate_json(document)
     network, about = load_classifier(features)
-    media = build_media_settings(recipe, None, flip=False)
+    decoding = build_decode_settings(recipe, None, flip=False)
     sets = [_held_out(own).examples for own in (reporting(recipe, report), recipe)]
-    real, other = (features_of(network, decode_all(examples, media)) for examples in sets)
+    real, other = (features_of(network, decode_all(examples, decoding)) for examples in sets)
     return real, other, about
 
 

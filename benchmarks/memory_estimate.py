@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from timestep_experts.data import EncodedPictures
+from timestep_experts.data import EncodedDataset
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale
 from timestep_experts.models import DDPM, Family, Flux, PixArt, StableDiffusion, StableDiffusion3, Wan
@@ -165,11 +165,11 @@ def make_settings(options: str) -> LoopSettings:
     )
 
 
-def make_pictures(name: str) -> EncodedPictures:
+def make_pictures(name: str) -> EncodedDataset:
     """One picture and one caption."""
     _, latents, features = FAMILIES[name]
     made: dict[str, Tensor] = {key: torch.ones(2, *shape) for key, shape in features.items()}
-    return EncodedPictures(torch.ones(1, *latents), torch.zeros(1, dtype=torch.long), made, ("",), ())
+    return EncodedDataset(torch.ones(1, *latents), torch.zeros(1, dtype=torch.long), made, ("",), ())
 
 
 def estimate(name: str, options: str) -> tuple[int, int]:

@@ -16,10 +16,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from numpy.typing import NDArray
 
-from timestep_experts.build import build_media_settings, build_picture_sets, build_prompts
+from timestep_experts.build import build_datasets, build_decode_settings, build_prompts
 from timestep_experts.config import load_recipe
-from timestep_experts.data import ClipSettings, MediaSettings
-from timestep_experts.jobs.media import load_media
+from timestep_experts.data import ClipSettings, DecodeSettings
+from timestep_experts.jobs.samples import load_samples
 
 
 def main() -> None:
@@ -33,10 +33,10 @@ def main() -> None:
     options = parser.parse_args()
     recipe = load_recipe(options.run / "recipe.yaml", [])
     is_video = recipe.data.clips is not None
-    media = build_media_settings(recipe, 16 if is_video else None, flip=False)
-    prompts = build_prompts(recipe, build_picture_sets(recipe, is_video=is_video)[1])
+    decoding = build_decode_settings(recipe, 16 if is_video else None, flip=False)
+    prompts = build_prompts(recipe, build_datasets(recipe, is_video=is_video)[1])
     width = options.frames if is_video else 1
-    shown = [load_row(options.run / "evaluation" / name, options.pictures, media, width) for name in options.rows]
+    shown = [load_row(options.run / "evaluation" / name, options.pictures, decoding, width) for name in options.rows]
     figure, axes = plt.subplots(
         len(options.rows),
         shown[0].shape[0],
@@ -66,10 +66,10 @@ def main() -> None:
     figure.savefig(options.output, dpi=110)
 
 
-def load_row(folder: Path, indices: list[int], media: MediaSettings, num_frames: int) -> NDArray[np.uint8]:
+def load_row(folder: Path, indices: list[int], decoding: DecodeSettings, num_frames: int) -> NDArray[np.uint8]:
     """The pictures of some prompts, or so many frames of each of their clips: ``(N, H, W, 3)``."""
-    drawn = load_media(folder / "pictures", max(indices) + 1, media)[indices]
-    if not isinstance(media, ClipSettings):
+    drawn = load_samples(folder / "pictures", max(indices) + 1, decoding)[indices]
+    if not isinstance(decoding, ClipSettings):
         return drawn
     frames = np.linspace(0, drawn.shape[1] - 1, num_frames).round().astype(int)
     return drawn[:, frames].reshape(-1, *drawn.shape[2:])

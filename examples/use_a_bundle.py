@@ -1,4 +1,4 @@
-"""Draw with a trained bundle: switched, routed, and without it, from the same seed.
+"""Generate with a trained bundle: switched, routed, and without it, from the same seed.
 
 Run: timestep-experts run recipes/quickstart.yaml
      python examples/use_a_bundle.py runs/quickstart/variants/main/bundle

@@ -186,7 +186,7 @@ def encode(family: Family, pictures: np.ndarray, cache: Path) -> Tensor:
     """Scaled posterior means of all pictures or clips, kept on disk."""
     if not cache.exists():
         batches = torch.from_numpy(np.ascontiguousarray(pictures)).split(64)
-        encoded = [family.encode_media(to_signal(batch)) for batch in tqdm(batches, desc="latents")]
+        encoded = [family.encode_pixels(to_signal(batch)) for batch in tqdm(batches, desc="latents")]
         save_file({"latents": torch.cat(encoded).contiguous()}, cache)
     return load_file(cache)["latents"]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from timestep_experts.data import EncodedPictures
+from timestep_experts.data import EncodedDataset
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, PlainKernels, Scale
 from timestep_experts.mixture import mixture as attaching
@@ -222,10 +222,10 @@ def tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0) -> StableDiff
     )
 
 
-def random_pictures(num_pictures: int, family: StableDiffusion, seed: int = 0) -> EncodedPictures:
+def random_pictures(num_pictures: int, family: StableDiffusion, seed: int = 0) -> EncodedDataset:
     """Encoded pictures of random latents, each with a caption of its own."""
     captions = tuple(f"a red star {i}" for i in range(num_pictures))
-    return EncodedPictures(
+    return EncodedDataset(
         latents=normal(num_pictures, 4, 8, 8, seed=seed),
         caption_rows=torch.arange(num_pictures),
         features=family.encode_captions([*captions, ""]),

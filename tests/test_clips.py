@@ -16,7 +16,7 @@ from PIL import Image
 
 from conftest import max_error
 from families.tiny_video import tiny_video_crafter
-from timestep_experts.data import ClipSettings, PictureSet, encode_dataset, open_clips
+from timestep_experts.data import ClipSettings, Dataset, encode_dataset, open_clips
 from timestep_experts.data.clips import choose_frames, read_frames
 from timestep_experts.inference.video import write_mp4
 from timestep_experts.models.video_crafter import VideoCrafter
@@ -71,7 +71,7 @@ def read(path: Path, settings: ClipSettings) -> torch.Tensor:
     return settings.decode(open_clips(str(path.parent)).examples[0])
 
 
-def captions(found: PictureSet) -> list[str]:
+def captions(found: Dataset) -> list[str]:
     return [example.caption for example in found.examples]
 
 
@@ -314,11 +314,11 @@ def test_latents_are_those_of_the_family_and_kept(
     kept = encode_dataset(found, settings, family, tmp_path / "cache")
     pixels = torch.stack([settings.decode(example) for example in found.examples])
     assert kept.latents.shape == (6, 4, 3, 8, 8)
-    assert max_error(kept.latents[:3], family.encode_media(pixels)) <= 1e-6
-    assert max_error(kept.latents[3:], family.encode_media(pixels.flip(-1))) <= 1e-6
+    assert max_error(kept.latents[:3], family.encode_pixels(pixels)) <= 1e-6
+    assert max_error(kept.latents[3:], family.encode_pixels(pixels.flip(-1))) <= 1e-6
     assert max_error(kept.latents[3:], kept.latents[:3]) > 1e-2
     assert [kept.captions[row] for row in kept.caption_rows] == ["a star", "a cross", "a star"] * 2
-    monkeypatch.setattr(VideoCrafter, "encode_media", None)
+    monkeypatch.setattr(VideoCrafter, "encode_pixels", None)
     for path in (tmp_path / "in").iterdir():
         path.rename(path.with_name(f"new-{path.name}"))
     found = open_clips(str(tmp_path / "in"))

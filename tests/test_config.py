@@ -11,10 +11,10 @@ import yaml
 
 from timestep_experts.build import (
     build_assemble_settings,
+    build_decode_settings,
     build_decouple_settings,
     build_distill_settings,
     build_foster_settings,
-    build_media_settings,
     build_sample_settings,
     build_spec,
 )
@@ -121,7 +121,7 @@ def test_every_shipped_recipe_parses_with_all_its_variants(path: Path) -> None:
     assert head.startswith("#")
     assert "Command:" in head
     assert f"recipes/{path.name}" in head
-    build_sample_settings(recipe, build_media_settings(recipe, 16 if recipe.data.clips else None, flip=False))
+    build_sample_settings(recipe, build_decode_settings(recipe, 16 if recipe.data.clips else None, flip=False))
     for variant in recipe.all_variants:
         method = variant.method
         if isinstance(method, DecoupleConfig):

@@ -18,9 +18,9 @@ from PIL import Image
 
 from conftest import max_error, random_pictures
 from timestep_experts.data import (
-    EncodedPictures,
+    Dataset,
+    EncodedDataset,
     Example,
-    PictureSet,
     PictureSettings,
     Skipped,
     encode_dataset,
@@ -57,7 +57,7 @@ def put_pair(folder: Path, name: str, caption: str, seed: int = 0) -> None:
     put(folder / f"{name}.txt", caption)
 
 
-def find(path: Path | str, max_samples: int | None = None) -> PictureSet:
+def find(path: Path | str, max_samples: int | None = None) -> Dataset:
     return open_dataset(str(path), max_samples=max_samples, seed=0)
 
 
@@ -65,7 +65,7 @@ def names(folder: Path, items: Iterable[Example | Skipped]) -> list[str]:
     return [str(Path(item.place).relative_to(folder)) for item in items]
 
 
-def captions(pictures: PictureSet) -> list[str]:
+def captions(pictures: Dataset) -> list[str]:
     return [example.caption for example in pictures.examples]
 
 
@@ -421,9 +421,9 @@ def test_pictures_that_all_fail_to_open_are_an_error_that_lists(family: StableDi
 # Splitting
 
 
-def texts(count: int, copies: int = 1) -> PictureSet:
+def texts(count: int, copies: int = 1) -> Dataset:
     examples = (Example(f"{i}.{j}", f"a thing {i}", bytes) for j in range(copies) for i in range(count))
-    return PictureSet(tuple(examples), (Skipped("x", "y"),))
+    return Dataset(tuple(examples), (Skipped("x", "y"),))
 
 
 def test_all_pictures_of_a_caption_fall_on_one_side() -> None:
@@ -462,9 +462,9 @@ class Counting(StableDiffusion):
         super().__init__(parts)
         self.seen: Counter[str] = Counter()
 
-    def encode_media(self, pixels: torch.Tensor) -> torch.Tensor:
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         self.seen["pictures"] += len(pixels)
-        return super().encode_media(pixels)
+        return super().encode_pixels(pixels)
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, torch.Tensor]:
         self.seen["captions"] += len(captions)
@@ -484,11 +484,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "in"
 
 
-def encode(folder: Path, family: StableDiffusion, settings: PictureSettings = SMALL) -> EncodedPictures:
+def encode(folder: Path, family: StableDiffusion, settings: PictureSettings = SMALL) -> EncodedDataset:
     return encode_dataset(find(folder), settings, family, folder.parent / "cache")
 
 
-def assert_equal(one: EncodedPictures, other: EncodedPictures) -> None:
+def assert_equal(one: EncodedDataset, other: EncodedDataset) -> None:
     assert torch.equal(one.latents, other.latents)
     assert torch.equal(one.caption_rows, other.caption_rows)
     assert one.captions == other.captions
@@ -540,7 +540,7 @@ def test_mirrored_copies_follow_the_originals(folder: Path, family: StableDiffus
     assert max_error(flipped.latents[:4], plain.latents) <= 1e-6  # another batch size
     assert torch.equal(flipped.caption_rows, plain.caption_rows.repeat(2))
     mirrored = torch.stack([to_pixels(example.open(), 16, 16).flip(-1) for example in find(folder).examples])
-    assert max_error(flipped.latents[4:], family.encode_media(mirrored)) <= 1e-6
+    assert max_error(flipped.latents[4:], family.encode_pixels(mirrored)) <= 1e-6
     assert max_error(flipped.latents[4:], plain.latents) > 1e-2
 
 

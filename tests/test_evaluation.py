@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from conftest import max_error, normal, random_pictures, randomise, scales
-from timestep_experts.data import EncodedPictures
+from timestep_experts.data import EncodedDataset
 from timestep_experts.evaluation import (
     LossCurve,
     LossSettings,
@@ -35,14 +35,14 @@ TARGETS = ("to_q", "conv1")
 
 
 @pytest.fixture
-def pictures(family: StableDiffusion) -> EncodedPictures:
+def pictures(family: StableDiffusion) -> EncodedDataset:
     return random_pictures(5, family)
 
 
 # Loss per timestep
 
 
-def test_the_same_numbers_are_drawn_every_time(family: StableDiffusion, pictures: EncodedPictures) -> None:
+def test_the_same_numbers_are_drawn_every_time(family: StableDiffusion, pictures: EncodedDataset) -> None:
     torch.manual_seed(1)
     first = loss_curve(family, pictures, SETTINGS)
     torch.manual_seed(2)
@@ -50,7 +50,7 @@ def test_the_same_numbers_are_drawn_every_time(family: StableDiffusion, pictures
     assert loss_curve(family, pictures, replace(SETTINGS, seed=4)).loss != first.loss
 
 
-def test_the_batch_size_changes_no_more_than_rounding(family: StableDiffusion, pictures: EncodedPictures) -> None:
+def test_the_batch_size_changes_no_more_than_rounding(family: StableDiffusion, pictures: EncodedDataset) -> None:
     first = loss_curve(family, pictures, SETTINGS)
     for batch_size in (1, 5, 100):
         other = loss_curve(family, pictures, replace(SETTINGS, batch_size=batch_size))
@@ -58,13 +58,13 @@ def test_the_batch_size_changes_no_more_than_rounding(family: StableDiffusion, p
         assert other.bins == first.bins
 
 
-def test_a_bin_does_not_depend_on_the_others(family: StableDiffusion, pictures: EncodedPictures) -> None:
+def test_a_bin_does_not_depend_on_the_others(family: StableDiffusion, pictures: EncodedDataset) -> None:
     fine = loss_curve(family, pictures, LossSettings(Partition.uniform(4), 2, 6, 4, seed=3))
     coarse = loss_curve(family, pictures, LossSettings(Partition.uniform(2), 4, 6, 4, seed=3))
     assert fine == coarse  # both have the eight bins of 125 timesteps
 
 
-def test_silent_experts_meet_the_same_samples(family: StableDiffusion, pictures: EncodedPictures) -> None:
+def test_silent_experts_meet_the_same_samples(family: StableDiffusion, pictures: EncodedDataset) -> None:
     base = loss_curve(family, pictures, SETTINGS)
     mixture = Mixture.attach(family.denoiser, MixtureSpec(scales(4, 1, base_gate=1)), TARGETS)
     for mode in ("off", "switch", "route"):
@@ -75,7 +75,7 @@ def test_silent_experts_meet_the_same_samples(family: StableDiffusion, pictures:
     mixture.detach()
 
 
-def test_every_bin_is_sampled_from_its_own_timesteps(family: StableDiffusion, pictures: EncodedPictures) -> None:
+def test_every_bin_is_sampled_from_its_own_timesteps(family: StableDiffusion, pictures: EncodedDataset) -> None:
     batches = list(evaluation_batches(family, pictures, SETTINGS))
     assert [interval for interval, _ in batches] == list(SETTINGS.bins.intervals)
     assert SETTINGS.bins.boundaries == (0, 50, 100, 250, 400, 700, 1000)
@@ -88,7 +88,7 @@ def test_every_bin_is_sampled_from_its_own_timesteps(family: StableDiffusion, pi
         assert set(rows[:5].tolist()) == set(range(5))  # every picture before one comes again
 
 
-def test_intervals_are_means_of_their_bins(family: StableDiffusion, pictures: EncodedPictures) -> None:
+def test_intervals_are_means_of_their_bins(family: StableDiffusion, pictures: EncodedDataset) -> None:
     curve = loss_curve(family, pictures, SETTINGS)
     for index, interval in enumerate(PARTITION.intervals):
         assert math.isclose(curve.within(interval), sum(curve.loss[2 * index : 2 * index + 2]) / 2, rel_tol=1e-12)
@@ -116,7 +116,7 @@ class Oracle(StableDiffusion):
 
 @pytest.mark.parametrize("mistake", [0.0, 0.5])
 def test_a_perfect_denoiser_loses_nothing_and_a_constant_mistake_its_square(
-    mistake: float, family: StableDiffusion, pictures: EncodedPictures
+    mistake: float, family: StableDiffusion, pictures: EncodedDataset
 ) -> None:
     black = replace(pictures, latents=torch.zeros_like(pictures.latents))
     oracle = Oracle(family.parts)
@@ -133,7 +133,7 @@ class Silent(StableDiffusion):
         return torch.zeros_like(noisy)
 
 
-def test_means_and_errors_are_those_of_the_samples(family: StableDiffusion, pictures: EncodedPictures) -> None:
+def test_means_and_errors_are_those_of_the_samples(family: StableDiffusion, pictures: EncodedDataset) -> None:
     settings = replace(SETTINGS, num_pictures=50, batch_size=16)
     curve = loss_curve(Silent(family.parts), pictures, settings)
     for index, (_, parts) in enumerate(evaluation_batches(family, pictures, settings)):
@@ -145,7 +145,7 @@ def test_means_and_errors_are_those_of_the_samples(family: StableDiffusion, pict
         assert 0.5 < curve.standard_error[index] / (2 / 256 / 50) ** 0.5 < 1.5
 
 
-def test_one_picture_per_bin_is_enough(family: StableDiffusion, pictures: EncodedPictures) -> None:
+def test_one_picture_per_bin_is_enough(family: StableDiffusion, pictures: EncodedDataset) -> None:
     curve = loss_curve(family, pictures, replace(SETTINGS, num_pictures=1))
     assert all(math.isfinite(value) for value in (*curve.loss, *curve.standard_error))
 
@@ -288,7 +288,7 @@ def routers(mixture: Mixture, part: str) -> list[Tensor]:
 @pytest.mark.parametrize("resting", [0.0, 1.0])
 @pytest.mark.parametrize("gate", ["sample", "token"])
 def test_constant_routers_give_constant_gates(
-    gate: str, resting: float, family: StableDiffusion, pictures: EncodedPictures
+    gate: str, resting: float, family: StableDiffusion, pictures: EncodedDataset
 ) -> None:
     targets = ("to_q",) if gate == "token" else TARGETS
     spec = MixtureSpec(scales(4, 2, 1, base_gate=resting), gate=gate)
@@ -307,7 +307,7 @@ def test_constant_routers_give_constant_gates(
         assert max_error(torch.tensor(found.spread), torch.zeros_like(wanted)) <= 1e-6
 
 
-def test_gates_follow_the_table_over_t(family: StableDiffusion, pictures: EncodedPictures) -> None:
+def test_gates_follow_the_table_over_t(family: StableDiffusion, pictures: EncodedDataset) -> None:
     mixture = attach(family, 0.0, router_input="t")
     for table in routers(mixture, "E"):
         table.copy_(torch.arange(1000)[:, None] * torch.tensor([1e-3, -2e-3]))
@@ -322,6 +322,6 @@ def test_gates_follow_the_table_over_t(family: StableDiffusion, pictures: Encode
         assert interval.lo <= 1000 * rising.mean[0][index] <= interval.hi
 
 
-def test_a_mixture_without_contexts_has_no_gates(family: StableDiffusion, pictures: EncodedPictures) -> None:
+def test_a_mixture_without_contexts_has_no_gates(family: StableDiffusion, pictures: EncodedDataset) -> None:
     mixture = Mixture.attach(family.denoiser, MixtureSpec(scales(4)), TARGETS)
     assert gate_map(family, mixture, pictures, SETTINGS) == []

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from conftest import random_pictures, tiny_pipeline
 from test_cli import call, refused
 from timestep_experts.config import load_recipe
-from timestep_experts.data import EncodedPictures, halves_by_caption
+from timestep_experts.data import EncodedDataset, halves_by_caption
 from timestep_experts.evaluation import LossSettings, loss_curve
 from timestep_experts.evaluation.merges import MergeBench, MergeSplit
 from timestep_experts.intervals import Partition
@@ -145,7 +145,7 @@ def test_halves_share_no_caption(family: StableDiffusion) -> None:
     assert torch.equal(halves_by_caption(doubled, 0)[0].latents, first.latents)
     same = replace(doubled, caption_rows=torch.zeros(12, dtype=torch.long))
     assert [len(half) for half in halves_by_caption(same, 0)] == [6, 6]
-    one = EncodedPictures(pictures.latents[:1], pictures.caption_rows[:1], pictures.features, pictures.captions, ())
+    one = EncodedDataset(pictures.latents[:1], pictures.caption_rows[:1], pictures.features, pictures.captions, ())
     with pytest.raises(ValueError, match="1 validation pictures cannot be halved"):
         halves_by_caption(one, 0)
 

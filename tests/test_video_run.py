@@ -112,4 +112,4 @@ def test_a_second_run_measures_nothing_anew(finished: Run) -> None:
 
 def test_a_base_of_pictures_takes_no_clips(finished: Run) -> None:
     message = refused("run", finished.recipe, "pretrained_model_name_or_path=world/base", "output_dir=elsewhere")
-    assert "recipe.data.clips: world/base draws pictures, not clips" in message
+    assert "recipe.data.clips: world/base generates pictures, not clips" in message

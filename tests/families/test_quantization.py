@@ -13,7 +13,7 @@ from tiny_video import tiny_fps_unet, tiny_wan
 from torch import Tensor, nn
 
 from conftest import LINEAR_TARGETS, max_error, normal, randomise, scales, tiny_unet, unet_inputs
-from timestep_experts.data import EncodedPictures
+from timestep_experts.data import EncodedDataset
 from timestep_experts.mixture import Mixture, MixtureSpec
 from timestep_experts.models import Family, load_family
 from timestep_experts.models.encoding import cast, plain_tensors
@@ -91,7 +91,7 @@ def test_experts_over_a_quantised_base_learn(name: str, dtype: torch.dtype, prec
     mixture = Mixture.attach(family.denoisers, spec, targets, timestep_scale=family.timestep_scale)
     rates, budgets = {"n2": [2e-2] * 2}, {"n2": [15] * 2}
     stage = foster(mixture, FosterSettings("joint", 8, rates, budgets, caption_dropout=0.0, seed=5))[0]
-    pictures = EncodedPictures(
+    pictures = EncodedDataset(
         latents=normal(1, 4, 8, 8),
         caption_rows=torch.zeros(1, dtype=torch.long),
         features=family.encode_captions([CAPTIONS[0], ""]),

@@ -82,7 +82,7 @@ def repeat_conditioning(family: Family, count: int) -> dict[str, Tensor]:
 
 
 def test_the_mixed_timesteps_of_a_batch_are_each_samples_own(family: Family) -> None:
-    noisy = normal(*family.encode_media(clips(4, family)).shape)
+    noisy = normal(*family.encode_pixels(clips(4, family)).shape)
     t = torch.tensor([3, 999, 875, 874])
     conditioning = repeat_conditioning(family, 4)
     with torch.no_grad():
@@ -100,8 +100,8 @@ def test_the_mixed_timesteps_of_a_batch_are_each_samples_own(family: Family) -> 
 
 def test_the_same_clip_gives_the_same_latents_in_any_batch(family: Family) -> None:
     pixels = clips(2, family)
-    assert max_error(family.encode_media(pixels)[1:], family.encode_media(pixels[1:])) <= 1e-6
-    assert family.encode_media(pixels).dtype == torch.float32
+    assert max_error(family.encode_pixels(pixels)[1:], family.encode_pixels(pixels[1:])) <= 1e-6
+    assert family.encode_pixels(pixels).dtype == torch.float32
 
 
 def test_everything_is_frozen_and_knows_that_it_is_video(family: Family) -> None:
@@ -131,7 +131,7 @@ def test_one_text_layer_less_is_the_last_but_one_through_the_final_norm(crafter:
 
 def test_frames_are_encoded_one_by_one(crafter: VideoCrafter) -> None:
     pixels = clips(2, crafter)
-    latents = crafter.encode_media(pixels)
+    latents = crafter.encode_pixels(pixels)
     assert latents.shape == (2, 4, 3, 8, 8)
     vae = crafter.parts.vae
     with torch.no_grad():
@@ -494,7 +494,7 @@ def test_text_features_are_those_of_the_wan_pipeline(wan: Wan) -> None:
 
 def test_latents_are_normalised_as_the_pipeline_undoes_it(wan: Wan) -> None:
     pixels = clips(2, wan)
-    latents = wan.encode_media(pixels)
+    latents = wan.encode_pixels(pixels)
     assert latents.shape == (2, 16, 2, 4, 4)
     config = wan.parts.vae.config
     mean, std = (torch.tensor(values).view(1, 16, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
@@ -505,7 +505,7 @@ def test_latents_are_normalised_as_the_pipeline_undoes_it(wan: Wan) -> None:
 @pytest.mark.parametrize(("frames", "height", "width"), [(4, 32, 32), (5, 24, 32), (5, 32, 40)])
 def test_clips_that_would_be_cut_are_refused(frames: int, height: int, width: int, wan: Wan) -> None:
     with pytest.raises(ValueError, match=f"clips of {frames} frames of {width} x {height} pixels do not fit"):
-        wan.encode_media(torch.zeros(1, 3, frames, height, width))
+        wan.encode_pixels(torch.zeros(1, 3, frames, height, width))
 
 
 def test_noise_is_a_straight_flow_with_the_schedulers_shift(wan: Wan) -> None:

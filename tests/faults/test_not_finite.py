@@ -14,7 +14,7 @@ from tiny import ddpm
 from torch import Tensor
 
 from conftest import normal, random_pictures, scales
-from timestep_experts.data import EncodedPictures, PictureSettings, encode_dataset, open_dataset
+from timestep_experts.data import EncodedDataset, PictureSettings, encode_dataset, open_dataset
 from timestep_experts.inference import SampleSettings, sample
 from timestep_experts.mixture import Mixture, MixtureSpec
 from timestep_experts.models import DDPM, Family, StableDiffusion
@@ -125,14 +125,14 @@ def test_latents_that_overflow_name_the_file(
     family: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = pictures_of(tmp_path)
-    own = family.encode_media
+    own = family.encode_pixels
 
     def encode(pixels: Tensor) -> Tensor:
         latents = own(pixels)
         latents[1, 0, 3, 3] = float("inf")
         return latents
 
-    monkeypatch.setattr(family, "encode_media", encode)
+    monkeypatch.setattr(family, "encode_pixels", encode)
     message = rf"{found.examples[1].place}: its latents are not finite .*SDXL in fp16.*load the base in fp32 or bf16"
     with pytest.raises(ValueError, match=message):
         encode_dataset(found, PictureSettings(16, 16), family, tmp_path / "cache")
@@ -159,7 +159,7 @@ def test_pictures_that_are_not_finite_are_no_black_pictures(family: StableDiffus
 
     handle = own.register_forward_hook(overflow)
     scheduler = family.pipeline().scheduler
-    message = r"StableDiffusionPipeline draws for 'a blue star' is not finite.* 1 of 2 prompts.*SDXL in fp16"
+    message = r"StableDiffusionPipeline generates for 'a blue star' is not finite.* 1 of 2 prompts.*SDXL in fp16"
     with pytest.raises(ValueError, match=message):
         sample(family.pipeline(), ["a red star", "a blue star"], settings, progress=None)
     assert family.pipeline().scheduler is scheduler
@@ -173,7 +173,7 @@ def test_pictures_that_are_not_finite_are_no_black_pictures(family: StableDiffus
 def test_classes_are_not_dropped(tmp_path: Path) -> None:
     family = DDPM(ddpm(num_class_embeds=3))
     mixture = Mixture.attach(family.denoiser, MixtureSpec(scales(2, rank=2)), ["to_q"])
-    pictures = EncodedPictures(
+    pictures = EncodedDataset(
         normal(4, 3, 8, 8), torch.arange(4) % 3, family.tokenize(["0", "1", "2", ""]), ("0", "1", "2"), ()
     )
     loop = LoopSettings(SGD, checkpointing_steps=None)

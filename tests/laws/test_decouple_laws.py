@@ -14,7 +14,7 @@ from tiny_video import tiny_video_crafter
 from torch import Tensor, nn
 
 from conftest import max_error, random_pictures, tiny_pipeline
-from timestep_experts.data import EncodedPictures
+from timestep_experts.data import EncodedDataset
 from timestep_experts.intervals import Interval, LogitNormalDensity, Partition, UniformDensity, mirror_timesteps
 from timestep_experts.models import DiscreteNoise, Family, FlowNoise, StableDiffusion, load_family
 from timestep_experts.objectives import SNR_WEIGHTINGS, loss_weight, noise_loss_weight, uncertainty_weighted
@@ -60,11 +60,11 @@ def any_family(name: str, tmp_path: Path) -> Family:
     return load_family(str(tmp_path / name), torch.device("cpu"))
 
 
-def pictures_of(family: Family, count: int = 4) -> EncodedPictures:
+def pictures_of(family: Family, count: int = 4) -> EncodedDataset:
     shape = (3, 2, 16, 16) if family.is_video else (3, 16, 16)
     pixels = torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
-    return EncodedPictures(
-        latents=family.encode_media(pixels).float(),
+    return EncodedDataset(
+        latents=family.encode_pixels(pixels).float(),
         caption_rows=torch.arange(count),
         features=family.encode_captions(["a red star"] * count + [""]),
         captions=("a red star",) * count,

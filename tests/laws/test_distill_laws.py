@@ -475,7 +475,7 @@ def test_drawing_equals_diffusers_lcm_scheduler(family: StableDiffusion, mixture
     drawn = pipeline(prompt=prompts, generator=generators, output_type="latent", **settings.call_options).images
     again = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
     noises = torch.stack([torch.cat([torch.randn(1, 4, 8, 8, generator=g) for _ in TIMESTEPS]) for g in again])
-    own = Generator(family, TIMESTEPS).draw(noises, family.encode_captions(prompts))
+    own = Generator(family, TIMESTEPS).sample(noises, family.encode_captions(prompts))
     assert max_error(own, drawn) < 1e-5 * drawn.abs().max().item()  # untrained: latents of 50 and more
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from conftest import max_error, normal, random_pictures, randomise, scales, tiny_pipeline
 from timestep_experts.build import build_foster_settings, build_mixture
 from timestep_experts.config import parse_recipe
-from timestep_experts.data import EncodedPictures
+from timestep_experts.data import EncodedDataset
 from timestep_experts.evaluation import LossSettings, loss_curve
 from timestep_experts.formats import Bundle
 from timestep_experts.inference import Reencoder, attach, detach
@@ -149,7 +149,7 @@ def test_mixed_timesteps_encode_like_the_loop(family: StableDiffusion) -> None:
     assert max_error(silent, joint) > 1e-3
 
 
-def tokenised(family: StableDiffusion) -> EncodedPictures:
+def tokenised(family: StableDiffusion) -> EncodedDataset:
     pictures = random_pictures(6, family)
     return replace(pictures, features=family.tokenize([*pictures.captions, ""]), is_tokenised=True)
 

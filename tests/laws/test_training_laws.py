@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import max_error, random_pictures, scales
-from timestep_experts.data import EncodedPictures
+from timestep_experts.data import EncodedDataset
 from timestep_experts.intervals import Interval, Partition
 from timestep_experts.mixture import Mixture, MixtureSpec
 from timestep_experts.models import StableDiffusion
@@ -71,7 +71,7 @@ class OneStratum(BatchPlan):
 
     alone: Interval | None = None
 
-    def draw(self, pictures: EncodedPictures, family: StableDiffusion, step: int, *, only: None = None) -> Batch:
+    def draw(self, pictures: EncodedDataset, family: StableDiffusion, step: int, *, only: None = None) -> Batch:
         return super().draw(pictures, family, step, only=self.alone)
 
 

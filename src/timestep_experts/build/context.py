@@ -11,9 +11,9 @@ import torch
 from timestep_experts.config import ClipsConfig, DecoupleConfig, MethodConfig, Recipe
 from timestep_experts.data import (
     ClipSettings,
-    EncodedPictures,
-    MediaSettings,
-    PictureSet,
+    Dataset,
+    DecodeSettings,
+    EncodedDataset,
     PictureSettings,
     encode_dataset,
     open_clips,
@@ -37,22 +37,22 @@ class RunContext:
         train: the training pictures.
         validation: pictures whose captions no training picture has.
         references: validation pictures as they are, for Frechet distances.
-        media: how pictures or clips are decoded, none mirrored.
+        decoding: how pictures or clips are decoded, none mirrored.
         prompts: the prompts that pictures are generated for.
         is_judged: whether the prompts are captions of the embedded world.
     """
 
     family: Family
-    train: EncodedPictures
-    validation: EncodedPictures
-    references: PictureSet
-    media: MediaSettings
+    train: EncodedDataset
+    validation: EncodedDataset
+    references: Dataset
+    decoding: DecodeSettings
     prompts: tuple[str, ...]
     is_judged: bool
 
 
 def build_device(recipe: Recipe) -> torch.device:
-    """The device to train and draw on.
+    """The device to train and generate on.
 
     Raises:
         UserError: torch knows no such device.
@@ -87,27 +87,27 @@ def build_family(recipe: Recipe) -> Family:
     return family
 
 
-def build_media_settings(recipe: Recipe, default_num_frames: int | None, *, flip: bool) -> MediaSettings:
+def build_decode_settings(recipe: Recipe, default_num_frames: int | None, *, flip: bool) -> DecodeSettings:
     """How pictures, or the clips of a video base, are decoded.
 
     Args:
         recipe: says how.
-        default_num_frames: of the base (`Family.default_num_frames`); ``None`` for one that draws pictures.
+        default_num_frames: of the base (`Family.default_num_frames`); ``None`` for one that generates pictures.
         flip: keep mirrored copies.
 
     Raises:
-        UserError: the recipe says how to read clips, but the base draws pictures.
+        UserError: the recipe says how to read clips, but the base generates pictures.
     """
     height, width = recipe.resolution
     if default_num_frames is not None:
         clips = recipe.data.clips or ClipsConfig()
         return ClipSettings(clips.num_frames or default_num_frames, height, width, clips.fps, clips.stride, flip)
     if recipe.data.clips is not None:
-        raise UserError(f"recipe.data.clips: {recipe.pretrained_model_name_or_path} draws pictures, not clips")
+        raise UserError(f"recipe.data.clips: {recipe.pretrained_model_name_or_path} generates pictures, not clips")
     return PictureSettings(height, width, flip)
 
 
-def build_picture_sets(recipe: Recipe, *, is_video: bool = False) -> tuple[PictureSet, PictureSet]:
+def build_datasets(recipe: Recipe, *, is_video: bool = False) -> tuple[Dataset, Dataset]:
     """Training and validation pictures, or clips."""
     data = recipe.data
     find = open_clips if is_video else partial(open_dataset, seed=recipe.seed)
@@ -118,7 +118,7 @@ def build_picture_sets(recipe: Recipe, *, is_video: bool = False) -> tuple[Pictu
         limit = data.max_validation_samples or 512
         return found, open_dataset(data.path, max_samples=limit, seed=recipe.seed + 1, held_out=True)
     train, validation = split_by_caption(found, data.validation_share, recipe.seed)
-    return train, PictureSet(validation.examples[: data.max_validation_samples], validation.skipped)
+    return train, Dataset(validation.examples[: data.max_validation_samples], validation.skipped)
 
 
 def build_context(recipe: Recipe) -> RunContext:
@@ -128,10 +128,10 @@ def build_context(recipe: Recipe) -> RunContext:
         UserError: the base, the data or the prompts are not usable.
     """
     family = build_family(recipe)
-    media = build_media_settings(recipe, family.default_num_frames, flip=False)
-    train, validation = build_picture_sets(recipe, is_video=family.is_video)
+    decoding = build_decode_settings(recipe, family.default_num_frames, flip=False)
+    train, validation = build_datasets(recipe, is_video=family.is_video)
     cache = recipe.output_dir / "cache"
-    settings = build_media_settings(recipe, family.default_num_frames, flip=recipe.data.flip)
+    settings = build_decode_settings(recipe, family.default_num_frames, flip=recipe.data.flip)
     prompts = build_prompts(recipe, validation)
     is_judged = _is_judged(recipe, prompts)
     choose_scheduler(recipe.evaluation.scheduler, family.pipeline().scheduler)  # fails before hours of training
@@ -139,9 +139,9 @@ def build_context(recipe: Recipe) -> RunContext:
     return RunContext(
         family=family,
         train=encode_dataset(train, settings, family, cache, as_tokens=as_tokens),
-        validation=encode_dataset(validation, media, family, cache, as_tokens=as_tokens),
+        validation=encode_dataset(validation, decoding, family, cache, as_tokens=as_tokens),
         references=validation,
-        media=media,
+        decoding=decoding,
         prompts=prompts,
         is_judged=is_judged,
     )
@@ -151,8 +151,8 @@ def _trains_text_encoders(method: MethodConfig) -> bool:
     return not isinstance(method, DecoupleConfig) and method.experts.text_target_modules is not None
 
 
-def build_validation(recipe: Recipe, family: Family, *, as_tokens: bool = False) -> EncodedPictures:
-    """The validation pictures alone, encoded, for jobs that neither train nor draw.
+def build_validation(recipe: Recipe, family: Family, *, as_tokens: bool = False) -> EncodedDataset:
+    """The validation pictures alone, encoded, for jobs that neither train nor generate.
 
     Args:
         recipe: says which.
@@ -162,13 +162,13 @@ def build_validation(recipe: Recipe, family: Family, *, as_tokens: bool = False)
     Raises:
         UserError: the data is not usable.
     """
-    media = build_media_settings(recipe, family.default_num_frames, flip=False)
-    _, validation = build_picture_sets(recipe, is_video=family.is_video)
-    return encode_dataset(validation, media, family, recipe.output_dir / "cache", as_tokens=as_tokens)
+    decoding = build_decode_settings(recipe, family.default_num_frames, flip=False)
+    _, validation = build_datasets(recipe, is_video=family.is_video)
+    return encode_dataset(validation, decoding, family, recipe.output_dir / "cache", as_tokens=as_tokens)
 
 
-def build_prompts(recipe: Recipe, validation: PictureSet) -> tuple[str, ...]:
-    """What pictures are drawn for: the recipe's prompts, or different captions of the validation set.
+def build_prompts(recipe: Recipe, validation: Dataset) -> tuple[str, ...]:
+    """What pictures are generated for: the recipe's prompts, or different captions of the validation set.
 
     Raises:
         UserError: a prompt file that is not there.

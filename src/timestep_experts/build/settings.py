@@ -16,7 +16,7 @@ from timestep_experts.config import (
     Recipe,
     ScaleConfig,
 )
-from timestep_experts.data import ClipSettings, MediaSettings
+from timestep_experts.data import ClipSettings, DecodeSettings
 from timestep_experts.errors import UserError
 from timestep_experts.evaluation import LossSettings
 from timestep_experts.formats import SamplingDefaults
@@ -173,7 +173,7 @@ def build_loss_settings(recipe: Recipe, partition: Partition) -> LossSettings:
     )
 
 
-def build_sample_settings(recipe: Recipe, media: MediaSettings) -> SampleSettings:
+def build_sample_settings(recipe: Recipe, decoding: DecodeSettings) -> SampleSettings:
     """How a base generates pictures or clips, and so do fostered experts and copies."""
     evaluation = recipe.evaluation
     return SampleSettings(
@@ -183,15 +183,15 @@ def build_sample_settings(recipe: Recipe, media: MediaSettings) -> SampleSetting
         recipe.resolution,
         evaluation.batch_size,
         evaluation.seed,
-        media.num_frames if isinstance(media, ClipSettings) else None,
+        decoding.num_frames if isinstance(decoding, ClipSettings) else None,
         recipe.max_sequence_length,
     )
 
 
-def build_generator_sample_settings(recipe: Recipe, method: DistillConfig, media: MediaSettings) -> SampleSettings:
+def build_generator_sample_settings(recipe: Recipe, method: DistillConfig, decoding: DecodeSettings) -> SampleSettings:
     """How a distilled generator generates: in its own steps, without guidance."""
     return replace(
-        build_sample_settings(recipe, media),
+        build_sample_settings(recipe, decoding),
         scheduler=SAMPLER,
         num_inference_steps=len(method.timesteps),
         guidance_scale=1.0,
@@ -199,9 +199,9 @@ def build_generator_sample_settings(recipe: Recipe, method: DistillConfig, media
     )
 
 
-def build_sampling_defaults(recipe: Recipe, media: MediaSettings) -> SamplingDefaults:
+def build_sampling_defaults(recipe: Recipe, decoding: DecodeSettings) -> SamplingDefaults:
     """What a bundle or an expert says of how it is meant to be sampled from."""
-    clips = media if isinstance(media, ClipSettings) else None
+    clips = decoding if isinstance(decoding, ClipSettings) else None
     return SamplingDefaults(
         base_dtype=recipe.training.base_dtype,
         base_quantization=recipe.training.base_quantization,
@@ -212,8 +212,8 @@ def build_sampling_defaults(recipe: Recipe, media: MediaSettings) -> SamplingDef
     )
 
 
-def build_generator_defaults(recipe: Recipe, method: DistillConfig, media: MediaSettings) -> SamplingDefaults:
+def build_generator_defaults(recipe: Recipe, method: DistillConfig, decoding: DecodeSettings) -> SamplingDefaults:
     """The same of a distilled generator, which samples in its own steps."""
-    settings = build_generator_sample_settings(recipe, method, media)
+    settings = build_generator_sample_settings(recipe, method, decoding)
     own = {name: getattr(settings, name) for name in ("scheduler", "timesteps", "guidance_scale")}
-    return build_sampling_defaults(recipe, media).model_copy(update=own)
+    return build_sampling_defaults(recipe, decoding).model_copy(update=own)

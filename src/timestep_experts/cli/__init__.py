@@ -287,7 +287,7 @@ def _context(recipe: Recipe) -> RunContext:
     context = build_context(recipe)
     skipped = context.train.skipped + context.validation.skipped
     console.print(
-        f"{len(context.train):,} training and {len(context.validation):,} validation {context.media.kind}s,"
+        f"{len(context.train):,} training and {len(context.validation):,} validation {context.decoding.kind}s,"
         f" {len(skipped)} skipped; {len(context.prompts)} prompts"
     )
     for item in skipped:

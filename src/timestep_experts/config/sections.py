@@ -50,7 +50,7 @@ class DataConfig(Strict):
 
     path: str = Field(description="world/flat, world/neon, a folder, a table of clips, a saved dataset or a hub id")
     clips: ClipsConfig | None = Field(
-        None, description="of a video base; null: as many frames as it draws, at their own rate"
+        None, description="of a video base; null: as many frames as it generates, at their own rate"
     )
     max_train_samples: PositiveInt | None = None
     validation_path: str | None = Field(None, description="null: held-out captions of the same source")

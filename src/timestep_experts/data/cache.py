@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from timestep_experts.data.sources import Example, PictureSet, Skipped, list_skipped
+from timestep_experts.data.sources import Dataset, Example, Skipped, list_skipped
 from timestep_experts.errors import UserError
 from timestep_experts.formats.atomic import write_json, write_tensors
 from timestep_experts.models import Family
@@ -27,7 +27,7 @@ _CACHE_VERSION = 2
 _BATCH = 64
 
 
-class MediaSettings(Protocol):
+class DecodeSettings(Protocol):
     """How an example becomes pixels; its ``repr`` is part of the cache's key."""
 
     kind: ClassVar[str]
@@ -63,12 +63,12 @@ class PictureSettings:
     flip: bool = False
 
     def decode(self, example: Example) -> Tensor:
-        """``(3, height, width)``; see `MediaSettings`."""
+        """``(3, height, width)``; see `DecodeSettings`."""
         return to_pixels(example.open(), self.height, self.width)
 
 
 @dataclass(frozen=True)
-class EncodedPictures:
+class EncodedDataset:
     """A dataset as training sees it.
 
     Args:
@@ -106,8 +106,8 @@ class EncodedPictures:
 
 
 def encode_dataset(
-    pictures: PictureSet, settings: MediaSettings, family: Family, folder: Path, *, as_tokens: bool = False
-) -> EncodedPictures:
+    pictures: Dataset, settings: DecodeSettings, family: Family, folder: Path, *, as_tokens: bool = False
+) -> EncodedDataset:
     """Encode pictures or clips, or take it from the cache if neither content nor settings have changed.
 
     The key covers every file's bytes and caption, the settings, and the weights of the encoders.
@@ -130,7 +130,7 @@ def encode_dataset(
     report = json.loads(report_path.read_text(encoding="utf-8"))
     tensors = load_file(tensors_path)
     features = {name.removeprefix("text."): value for name, value in tensors.items() if name.startswith("text.")}
-    return EncodedPictures(
+    return EncodedDataset(
         latents=tensors["latents"],
         caption_rows=tensors["caption_rows"],
         features=features,
@@ -141,7 +141,7 @@ def encode_dataset(
     )
 
 
-def halves_by_caption(pictures: EncodedPictures, seed: int) -> tuple[EncodedPictures, EncodedPictures]:
+def halves_by_caption(pictures: EncodedDataset, seed: int) -> tuple[EncodedDataset, EncodedDataset]:
     """Two halves that share no caption, to choose something on one and confirm it on the other.
 
     Args:
@@ -162,7 +162,7 @@ def halves_by_caption(pictures: EncodedPictures, seed: int) -> tuple[EncodedPict
     return _rows(pictures, is_first), _rows(pictures, ~is_first)
 
 
-def _rows(pictures: EncodedPictures, wanted: Tensor) -> EncodedPictures:
+def _rows(pictures: EncodedDataset, wanted: Tensor) -> EncodedDataset:
     return replace(pictures, latents=pictures.latents[wanted], caption_rows=pictures.caption_rows[wanted], key="")
 
 
@@ -172,7 +172,7 @@ def to_pixels(picture: Image.Image, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.asarray(fitted).copy()).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def decode_all(examples: Sequence[Example], settings: MediaSettings) -> NDArray[np.uint8]:
+def decode_all(examples: Sequence[Example], settings: DecodeSettings) -> NDArray[np.uint8]:
     """Pictures ``(N, H, W, 3)`` or clips ``(N, F, H, W, 3)`` for people and metrics; unusable examples are left out."""
     decoded = []
     for example in examples:
@@ -192,7 +192,7 @@ def _read_all(examples: tuple[Example, ...]) -> Iterator[bytes]:
             yield repr(error).encode()
 
 
-def _key(examples: tuple[Example, ...], contents: list[bytes], settings: MediaSettings, encoders: str) -> str:
+def _key(examples: tuple[Example, ...], contents: list[bytes], settings: DecodeSettings, encoders: str) -> str:
     digest = hashlib.sha256(repr((_CACHE_VERSION, settings, encoders)).encode())
     for example, content in zip(examples, contents, strict=True):
         digest.update(content)
@@ -202,7 +202,7 @@ def _key(examples: tuple[Example, ...], contents: list[bytes], settings: MediaSe
 
 def _build(
     examples: tuple[Example, ...],
-    settings: MediaSettings,
+    settings: DecodeSettings,
     family: Family,
     as_tokens: bool,
     tensors_path: Path,
@@ -214,10 +214,10 @@ def _build(
     decoded = _decode_all(examples, settings, kept, skipped)
     while batch := list(islice(decoded, 1 if family.is_video else _BATCH)):  # a clip is a batch of frames already
         pixels = torch.stack(batch)
-        latents.append(family.encode_media(pixels).cpu())
+        latents.append(family.encode_pixels(pixels).cpu())
         _require_finite(latents[-1], [example.place for example in kept[-len(batch) :]], "latents", family)
         if settings.flip:
-            mirrored.append(family.encode_media(pixels.flip(-1)).cpu())
+            mirrored.append(family.encode_pixels(pixels.flip(-1)).cpu())
     if not kept:
         listed = [Skipped(examples[row].place, why) for row, why in skipped]
         raise UserError(f"none of {len(examples)} {settings.kind}s can be decoded{list_skipped(listed)}")
@@ -251,7 +251,7 @@ def _require_finite(values: Tensor, places: Sequence[str], what: str, family: Fa
 
 
 def _decode_all(
-    examples: tuple[Example, ...], settings: MediaSettings, kept: list[Example], skipped: list[tuple[int, str]]
+    examples: tuple[Example, ...], settings: DecodeSettings, kept: list[Example], skipped: list[tuple[int, str]]
 ) -> Iterator[Tensor]:
     """Pixels one by one; each example ends up among the kept or, by its row, for files may be renamed, the skipped."""
     for row, example in enumerate(tqdm(examples, f"encoding {settings.kind}s", unit=settings.kind, leave=False)):

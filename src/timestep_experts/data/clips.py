@@ -15,8 +15,8 @@ from torch import Tensor
 
 from timestep_experts.data.cache import to_pixels
 from timestep_experts.data.sources import (
+    Dataset,
     Example,
-    PictureSet,
     Skipped,
     check_row,
     list_skipped,
@@ -74,7 +74,7 @@ class ClipSettings:
         return torch.stack([to_pixels(frame, self.height, self.width) for frame in frames], 1)
 
 
-def open_clips(path: str, *, max_samples: int | None = None) -> PictureSet:
+def open_clips(path: str, *, max_samples: int | None = None) -> Dataset:
     """Find captioned clips: ``.mp4``, ``.webm``, ``.gif``, ``.mov``, ``.mkv``.
 
     Args:
@@ -100,7 +100,7 @@ def open_clips(path: str, *, max_samples: int | None = None) -> PictureSet:
     skipped = tuple(item for item in found if isinstance(item, Skipped))
     if not examples:
         raise UserError(f"no usable captioned clip in {path!r}{list_skipped(skipped)}")
-    return PictureSet(examples, skipped)
+    return Dataset(examples, skipped)
 
 
 def read_frames(content: bytes, settings: ClipSettings) -> list[Image.Image]:

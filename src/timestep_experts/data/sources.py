@@ -69,14 +69,14 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class PictureSet:
+class Dataset:
     """Usable examples in a fixed order, and what was skipped on the way."""
 
     examples: tuple[Example, ...]
     skipped: tuple[Skipped, ...]
 
 
-def open_dataset(path: str, *, max_samples: int | None, seed: int, held_out: bool = False) -> PictureSet:
+def open_dataset(path: str, *, max_samples: int | None, seed: int, held_out: bool = False) -> Dataset:
     """Find captioned pictures.
 
     Args:
@@ -99,10 +99,10 @@ def open_dataset(path: str, *, max_samples: int | None, seed: int, held_out: boo
     skipped = tuple(item for item in found if isinstance(item, Skipped))
     if not examples:
         raise UserError(f"no usable captioned picture in {path!r}{list_skipped(skipped)}")
-    return PictureSet(examples, skipped)
+    return Dataset(examples, skipped)
 
 
-def split_by_caption(pictures: PictureSet, held_out_share: float, seed: int) -> tuple[PictureSet, PictureSet]:
+def split_by_caption(pictures: Dataset, held_out_share: float, seed: int) -> tuple[Dataset, Dataset]:
     """Set aside a share of the captions, with all their pictures: (training, validation).
 
     A caption's side depends on its text and the seed alone, so adding pictures moves none.
@@ -119,7 +119,7 @@ def split_by_caption(pictures: PictureSet, held_out_share: float, seed: int) -> 
             f"setting aside {held_out_share:.0%} of the captions of {len(pictures.examples)} pictures leaves no"
             f" {'training' if not sides[0] else 'validation'} picture; name a validation set of its own"
         )
-    return PictureSet(tuple(sides[0]), pictures.skipped), PictureSet(tuple(sides[1]), ())
+    return Dataset(tuple(sides[0]), pictures.skipped), Dataset(tuple(sides[1]), ())
 
 
 def list_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:
@@ -254,7 +254,7 @@ def _row_reader(table: Any, row: int, column: str) -> Callable[[], bytes]:
     return read
 
 
-def _world(domain: str, num_samples: int, seed: int, held_out: bool) -> PictureSet:
+def _world(domain: str, num_samples: int, seed: int, held_out: bool) -> Dataset:
     if domain not in DOMAINS:
         raise UserError(f"the embedded world has no domain {domain!r}: allowed are {', '.join(DOMAINS)}")
     scenes = draw_scenes(num_samples, seed=seed, held_out=held_out)
@@ -269,4 +269,4 @@ def _world(domain: str, num_samples: int, seed: int, held_out: bool) -> PictureS
         return read
 
     examples = (Example(f"{WORLD_PREFIX}{domain}[{i}]", scene.caption, reader(i)) for i, scene in enumerate(scenes))
-    return PictureSet(tuple(examples), ())
+    return Dataset(tuple(examples), ())

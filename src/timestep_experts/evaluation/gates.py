@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from timestep_experts.data import EncodedPictures
+from timestep_experts.data import EncodedDataset
 from timestep_experts.evaluation.loss import LossSettings, evaluation_batches
 from timestep_experts.mixture import Mixture
 from timestep_experts.models import Family
@@ -31,7 +31,7 @@ class GateMap:
     spread: tuple[tuple[float, ...], ...]
 
 
-def gate_map(family: Family, mixture: Mixture, pictures: EncodedPictures, settings: LossSettings) -> list[GateMap]:
+def gate_map(family: Family, mixture: Mixture, pictures: EncodedDataset, settings: LossSettings) -> list[GateMap]:
     """Route validation samples through every bin of t and keep the gates, one map per context scale."""
     columns: list[dict[str, tuple[list[float], list[float]]]] = []
     middles = []

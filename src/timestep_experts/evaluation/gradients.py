@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from timestep_experts.data import EncodedPictures
+from timestep_experts.data import EncodedDataset
 from timestep_experts.errors import UserError
 from timestep_experts.intervals import Interval, Partition
 from timestep_experts.models import Family, Samples
@@ -91,7 +91,7 @@ class Gradients:
         return cosines
 
 
-def measure_gradients(family: Family, pictures: EncodedPictures, settings: GradientSettings) -> Gradients:
+def measure_gradients(family: Family, pictures: EncodedDataset, settings: GradientSettings) -> Gradients:
     """Gradients of the denoising loss by the denoiser's parameters, at K timesteps; the family is left as it was.
 
     In memory: one gradient of the chosen parameters, and K sketches. The projection is a count sketch (each number is
@@ -143,7 +143,7 @@ def _project(gradients: dict[str, Tensor], settings: GradientSettings) -> Tensor
 
 
 def _accumulate(
-    family: Family, pictures: EncodedPictures, rows: Tensor, noise: Tensor, t: float, batch_size: int
+    family: Family, pictures: EncodedDataset, rows: Tensor, noise: Tensor, t: float, batch_size: int
 ) -> float:
     """Leave the gradient of the mean loss at t on the parameters; returns that loss."""
     total, kind = 0.0, torch.long if family.noise.has_integer_timesteps else torch.float32

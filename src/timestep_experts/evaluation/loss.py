@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from timestep_experts.data import EncodedPictures
+from timestep_experts.data import EncodedDataset
 from timestep_experts.intervals import Interval, Partition
 from timestep_experts.models import Family
 from timestep_experts.objectives import squared_error
@@ -67,7 +67,7 @@ class LossCurve:
         return sum(w * value for w, value in zip(weights, self.loss, strict=True)) / sum(weights)
 
 
-def loss_curve(family: Family, pictures: EncodedPictures, settings: LossSettings) -> LossCurve:
+def loss_curve(family: Family, pictures: EncodedDataset, settings: LossSettings) -> LossCurve:
     """Measure the family's denoiser as it stands, with whatever experts it carries in their present mode."""
     sums = [_bin_losses(family, pictures, batches) for _, batches in evaluation_batches(family, pictures, settings)]
     means = tuple(losses.mean().item() for losses in sums)
@@ -76,7 +76,7 @@ def loss_curve(family: Family, pictures: EncodedPictures, settings: LossSettings
 
 
 def evaluation_batches(
-    family: Family, pictures: EncodedPictures, settings: LossSettings
+    family: Family, pictures: EncodedDataset, settings: LossSettings
 ) -> Iterator[tuple[Interval, list[Batch]]]:
     """The samples of every bin; the same for every model, mode and batch size."""
     plan = BatchPlan(settings.seed, "evaluation", settings.bins, settings.num_pictures, caption_dropout=0.0)
@@ -86,7 +86,7 @@ def evaluation_batches(
 
 
 @torch.no_grad()
-def _bin_losses(family: Family, pictures: EncodedPictures, batches: list[Batch]) -> Tensor:
+def _bin_losses(family: Family, pictures: EncodedDataset, batches: list[Batch]) -> Tensor:
     """The loss of every sample of a bin, ``(B,)`` on the CPU."""
     denoised = (family.denoise(batch.samples(pictures, family)) for batch in batches)
     return torch.cat([squared_error(item.predicted, item.target).cpu() for item in denoised])

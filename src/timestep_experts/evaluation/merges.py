@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from timestep_experts.data import EncodedPictures, halves_by_caption
+from timestep_experts.data import EncodedDataset, halves_by_caption
 from timestep_experts.evaluation.loss import LossCurve, LossSettings, loss_curve
 from timestep_experts.intervals import Interval
 from timestep_experts.models import Family
@@ -44,12 +44,12 @@ class MergeSplit:
     """
 
     family: Family
-    selection: EncodedPictures
-    confirmation: EncodedPictures
+    selection: EncodedDataset
+    confirmation: EncodedDataset
     settings: LossSettings
 
     @classmethod
-    def on_halves(cls, family: Family, pictures: EncodedPictures, settings: LossSettings, seed: int) -> MergeSplit:
+    def on_halves(cls, family: Family, pictures: EncodedDataset, settings: LossSettings, seed: int) -> MergeSplit:
         """One half of the validation pictures, by caption, is for choosing, the other for confirming.
 
         Args:

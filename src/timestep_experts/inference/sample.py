@@ -29,7 +29,7 @@ _NOISE_SCHEDULE = (
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How pictures are drawn.
+    """How pictures are generated.
 
     Args:
         scheduler: the name of a diffusers scheduler; ``None`` keeps the pipeline's own.
@@ -72,11 +72,11 @@ class SampleSettings:
 def sample(
     pipeline: Any, prompts: Sequence[str], settings: SampleSettings, *, progress: str | None = "sampling"
 ) -> NDArray[np.uint8]:
-    """Draw one picture, or with ``settings.num_frames`` one clip, per prompt.
+    """Generate one picture, or with ``settings.num_frames`` one clip, per prompt.
 
     Args:
         pipeline: a diffusers text-to-image or text-to-video pipeline, with or without experts; its scheduler is put
-            back afterwards. One that takes no prompts (DDPM) draws as many pictures, of its own size.
+            back afterwards. One that takes no prompts (DDPM) generates as many pictures, of its own size.
         prompts: N of them.
         settings: see there.
         progress: title of the progress bar, ``None`` for no bar.
@@ -85,14 +85,14 @@ def sample(
         ``(N, H, W, 3)``, of clips ``(N, F, H, W, 3)``, uint8, RGB.
 
     Raises:
-        UserError: see `choose_scheduler`; or what is drawn is not finite.
+        UserError: see `choose_scheduler`; or what is generated is not finite.
     """
     before = pipeline.scheduler
     pipeline.scheduler = choose_scheduler(settings.scheduler, before)
     options = {**sampling_options_of(pipeline), **settings.call_options}
     takes_prompts = "prompt" in inspect.signature(pipeline.__call__).parameters
     unit = "picture" if settings.num_frames is None else "clip"
-    drawn = []
+    generated = []
     try:
         with tqdm(total=len(prompts), desc=progress, unit=unit, disable=progress is None, leave=False) as bar:
             for start in range(0, len(prompts), settings.batch_size):
@@ -106,18 +106,18 @@ def sample(
                     output = pipeline(len(batch), generators, num_inference_steps=steps, output_type="np")
                 signal = np.asarray(output.images if settings.num_frames is None else output.frames)
                 _require_finite(signal, batch, pipeline)
-                drawn.append((signal * 255).round().astype(np.uint8))
+                generated.append((signal * 255).round().astype(np.uint8))
                 bar.update(len(batch))
     finally:
         pipeline.scheduler = before
-    return np.concatenate(drawn) if drawn else np.zeros((0, *settings.size, 3), np.uint8)
+    return np.concatenate(generated) if generated else np.zeros((0, *settings.size, 3), np.uint8)
 
 
 def _require_finite(signal: NDArray[np.float32], prompts: Sequence[str], pipeline: Any) -> None:
     wrong = [prompt for prompt, values in zip(prompts, signal, strict=True) if not np.isfinite(values).all()]
     if wrong:
         raise UserError(
-            f"what this {type(pipeline).__name__} draws for {wrong[0]!r} is not finite, and would be black;"
+            f"what this {type(pipeline).__name__} generates for {wrong[0]!r} is not finite, and would be black;"
             f" {len(wrong)} of {len(prompts)} prompts are concerned. Half precision overflows in some bases, in the"
             " autoencoder of SDXL in fp16 for one: load it in fp32 or bf16. If it is finite in mode off, the experts"
             " have diverged"

@@ -31,16 +31,16 @@ from timestep_experts.formats.atomic import atomic_path, write_json, write_text
 from timestep_experts.formats.checkpoints import file_sha256
 from timestep_experts.inference import sample
 from timestep_experts.intervals import Partition
-from timestep_experts.jobs.media import (
+from timestep_experts.jobs.methods import BaseCandidate, Candidate, methods_of
+from timestep_experts.jobs.paths import RunPaths
+from timestep_experts.jobs.samples import (
     SHEET,
     as_pictures,
     frames_per_second,
-    load_media,
-    save_media,
-    save_media_sheet,
+    load_samples,
+    save_sample_sheet,
+    save_samples,
 )
-from timestep_experts.jobs.methods import BaseCandidate, Candidate, methods_of
-from timestep_experts.jobs.paths import RunPaths
 from timestep_experts.mixture import Mixture
 from timestep_experts.report import ReportContent, write_report
 from timestep_experts.training.log import read_log
@@ -77,7 +77,7 @@ def write_run_report(recipe: Recipe, context: RunContext, results: Sequence[Resu
     if recipe.evaluation.prompts is None:  # then prompts are captions of validation pictures
         pictures["real"] = _references(context)[:NUM_SHOWN]
     for result in results:
-        shown = load_media(paths.evaluation(result.variant, result.mode) / "pictures", NUM_SHOWN, context.media)
+        shown = load_samples(paths.evaluation(result.variant, result.mode) / "pictures", NUM_SHOWN, context.decoding)
         if len(shown):
             pictures[result.label] = shown
     content = ReportContent(
@@ -116,8 +116,8 @@ def _measure(recipe: Recipe, context: RunContext, settings: LossSettings, row: C
         draft.mkdir(parents=True)
         if len(pictures):
             names = [f"{index:04d}" for index in range(len(pictures))]
-            save_media(draft / "pictures", pictures, names, frames_per_second(context.media))
-            save_media_sheet(draft / SHEET, pictures[:16], context.prompts[:16])
+            save_samples(draft / "pictures", pictures, names, frames_per_second(context.decoding))
+            save_sample_sheet(draft / SHEET, pictures[:16], context.prompts[:16])
         write_json(draft / "result.json", {"fingerprint": deciding, "result": _RESULT.dump_python(result, mode="json")})
     return result
 
@@ -127,7 +127,7 @@ def _measure_attached(
 ) -> tuple[Result, NDArray[np.uint8]]:
     family, is_routed = context.family, row.mode == "route"
     curve = loss_curve(family, context.validation, settings)
-    sampling = row.sampling(context.media)
+    sampling = row.sampling(context.decoding)
     pictures = sample(family.pipeline(), context.prompts, sampling, progress=f"{row.variant}, {row.mode}")
     frechet = None
     if len(pictures) > 1:
@@ -159,12 +159,12 @@ def _training_logs(recipe: Recipe) -> dict[str, list[dict[str, float]]]:
 
 def _fingerprint(recipe: Recipe, context: RunContext, settings: LossSettings, row: Candidate) -> dict[str, Any]:
     """Whatever decides a measurement."""
-    timesteps = row.sampling(context.media).timesteps
+    timesteps = row.sampling(context.decoding).timesteps
     return {
         "evaluation": recipe.evaluation.model_dump(mode="json"),
         "timesteps": None if timesteps is None else list(timesteps),
         "intervals": list(settings.partition.boundaries),
-        "media": repr(context.media),
+        "decoding": repr(context.decoding),
         "base_model": recipe.pretrained_model_name_or_path,
         "base": recipe.training.model_dump(include={"base_dtype", "base_quantization"}),
         "prompts": list(context.prompts),
@@ -181,7 +181,7 @@ def _references(context: RunContext) -> NDArray[np.uint8]:
         match = next((example for example in rest.values() if example.caption == prompt), None)
         if match is not None:
             ordered.append(rest.pop(id(match)))
-    return decode_all([*ordered, *rest.values()], context.media)
+    return decode_all([*ordered, *rest.values()], context.decoding)
 
 
 def _notes(recipe: Recipe, context: RunContext) -> list[str]:
@@ -204,7 +204,7 @@ def _notes(recipe: Recipe, context: RunContext) -> list[str]:
     if context.prompts:
         notes.append(
             "Frechet distance is measured in the features of the embedded world's judge"
-            + (", frame by frame" if isinstance(context.media, ClipSettings) else "")
+            + (", frame by frame" if isinstance(context.decoding, ClipSettings) else "")
             + ": a ruler for this table, not comparable with an Inception FID."
         )
     return notes

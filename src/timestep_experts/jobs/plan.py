@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from timestep_experts.build import build_base_dtype, build_media_settings, build_optimiser_settings
+from timestep_experts.build import build_base_dtype, build_decode_settings, build_optimiser_settings
 from timestep_experts.config import OptimizerConfig, Recipe
-from timestep_experts.data import ClipSettings, EncodedPictures
+from timestep_experts.data import ClipSettings, EncodedDataset
 from timestep_experts.models import Family, MetaModel, read_meta_model, resolve_model
 from timestep_experts.models.quantization import quantised_bytes
 from timestep_experts.training import Training
@@ -145,7 +145,7 @@ def estimate_peaks(
         return [(training, _step_peak(recipe, training, pictures)) for training in make(family)]
 
 
-def _step_peak(recipe: Recipe, training: Training, pictures: EncodedPictures) -> int:
+def _step_peak(recipe: Recipe, training: Training, pictures: EncodedDataset) -> int:
     settings = recipe.training
     return step_peak(
         training,
@@ -165,6 +165,6 @@ def optimiser_bytes(optimiser: OptimizerConfig, stage: Stage) -> int:
 
 def _pixel_shape(recipe: Recipe, family: Family) -> tuple[int, ...]:
     """The shape of a picture ``(3, H, W)`` or a clip ``(3, F, H, W)`` of the recipe's data."""
-    media = build_media_settings(recipe, family.default_num_frames, flip=False)
-    frames = (media.num_frames,) if isinstance(media, ClipSettings) else ()
+    decoding = build_decode_settings(recipe, family.default_num_frames, flip=False)
+    frames = (decoding.num_frames,) if isinstance(decoding, ClipSettings) else ()
     return (3, *frames, *recipe.resolution)

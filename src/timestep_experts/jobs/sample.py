@@ -13,7 +13,7 @@ from timestep_experts.formats import SamplingDefaults, load_bundle
 from timestep_experts.formats.dtypes import DTYPES
 from timestep_experts.formats.experts import find_experts
 from timestep_experts.inference import SampleSettings, SamplingCost, attach, attach_ensemble, counted, sample
-from timestep_experts.jobs.media import DEFAULT_FPS, SHEET, save_media, save_media_sheet
+from timestep_experts.jobs.samples import DEFAULT_FPS, SHEET, save_sample_sheet, save_samples
 from timestep_experts.mixture import MODES, Mode
 from timestep_experts.models import Family, load_family, resolve_model
 
@@ -120,8 +120,8 @@ def _sample(
     with counted(family.pipeline()) as cost:
         samples = sample(family.pipeline(), prompts, settings)
     names = [f"{options.seed + index:06d}" for index in range(len(samples))]
-    paths = save_media(output, samples, names, options.fps or defaults.fps or DEFAULT_FPS)
-    save_media_sheet(output / SHEET, samples, prompts)
+    paths = save_samples(output, samples, names, options.fps or defaults.fps or DEFAULT_FPS)
+    save_sample_sheet(output / SHEET, samples, prompts)
     return [*paths, output / SHEET], cost
 
 

@@ -15,7 +15,7 @@ from timestep_experts.config import OptimizerConfig, Recipe
 from timestep_experts.evaluation import loss_curve
 from timestep_experts.inference import SampleSettings, reencoding, sample
 from timestep_experts.intervals import Partition
-from timestep_experts.jobs.media import save_media_sheet
+from timestep_experts.jobs.samples import save_sample_sheet
 from timestep_experts.mixture import Mixture, Mode
 from timestep_experts.models import Family
 from timestep_experts.training import Training
@@ -115,7 +115,7 @@ def _observe(recipe: Recipe, context: RunContext, preview: Preview, folder: Path
             prompts = context.prompts[: recipe.training.preview_pictures]
             with preview.generating(), context.family.encoders_on(preview.family.device):
                 pictures = sample(preview.family.pipeline(), prompts, preview.sampling)
-            save_media_sheet(folder / "previews" / f"step-{step:06d}.png", pictures, prompts)
+            save_sample_sheet(folder / "previews" / f"step-{step:06d}.png", pictures, prompts)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class DDPM(Family):
         """See `Family`."""
         return DiscreteNoise(self.parts.scheduler, self.source)
 
-    def encode_media(self, pixels: Tensor) -> Tensor:
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Pixels are the latents."""
         return pixels.float()
 

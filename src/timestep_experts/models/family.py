@@ -65,7 +65,7 @@ _LATENT_FACTS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std"
 class Family(ABC):
     """A base model around its diffusers pipeline; all parts are frozen and in evaluation mode.
 
-    A subclass says what differs: the pipeline's class, its parts, how media and text are encoded, and how the denoiser
+    A subclass says what differs: the pipeline's class, its parts, how pixels and text are encoded, and how the denoiser
     is called. The denoiser's own ``timestep`` times ``timestep_scale`` is t.
 
     Args:
@@ -84,7 +84,7 @@ class Family(ABC):
     """Tokens of the long text encoder (T5); ``None`` where a tokenizer's own length is the only one."""
     loading_options: ClassVar[Mapping[str, Any]] = {}
     sampling_options: ClassVar[Mapping[str, Any]] = {}
-    """What the pipeline must be told to draw for the same text and at the same size as in training."""
+    """What the pipeline must be told to generate for the same text and at the same size as in training."""
 
     def __init__(self, parts: Any, source: str = "a pipeline in memory") -> None:
         self.parts = parts
@@ -164,7 +164,7 @@ class Family(ABC):
 
     @property
     def is_video(self) -> bool:
-        """Whether it draws clips."""
+        """Whether it generates clips."""
         return self.default_num_frames is not None
 
     @property
@@ -201,7 +201,7 @@ class Family(ABC):
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels that the base draws unless told otherwise."""
+        """Height and width in pixels that the base generates unless told otherwise."""
         config: Any = self.denoiser.config
         side = int(config.sample_size) * int(getattr(self.parts, "vae_scale_factor", 1))
         return side, side
@@ -287,7 +287,7 @@ class Family(ABC):
     def make_noise(self) -> NoiseProcess:
         """The forward process, read off the pipeline's scheduler."""
 
-    def encode_media(self, pixels: Tensor) -> Tensor:
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Pictures ``(B, 3, H, W)`` or clips ``(B, 3, F, H, W)`` in [-1, 1] to scaled latents, fp32."""
         return encode_posterior_mean(self.parts.vae, pixels)
 

@@ -237,7 +237,7 @@ class VideoCrafter(Family):
         """By `checkpoint_blocks`: a UNet3DConditionModel cannot do it itself."""
         checkpoint_blocks(self.parts.unet)
 
-    def encode_media(self, pixels: Tensor) -> Tensor:
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Clips ``(B, 3, F, H, W)`` to ``(B, 4, F, h, w)``; no frame sees another."""
         clips = [encode_posterior_mean(self.parts.vae, clip.transpose(0, 1)) for clip in pixels]
         return torch.stack(clips).transpose(1, 2)

@@ -66,7 +66,7 @@ class Wan(Family):
         return FlowNoise(density, num_train_timesteps)
 
     @torch.no_grad()
-    def encode_media(self, pixels: Tensor) -> Tensor:
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Clips ``(B, 3, F, H, W)`` to normalised posterior means ``(B, c, (F - 1) / 4 + 1, h, w)``, fp32.
 
         Raises:

@@ -34,7 +34,7 @@ class ReportContent:
         results: the rows of the table, the base among them.
         intervals: the reported ones, from low to high noise, in units of t.
         training_logs: records with ``num_images_seen`` and ``loss``, by ``variant, stage``.
-        prompts: what pictures were drawn for, P of them.
+        prompts: what pictures were generated for, P of them.
         pictures: ``(K, H, W, 3)`` uint8, of clips ``(K, F, H, W, 3)``, by row label, K at most P, in the order of the
             prompts; ``real`` holds the true ones.
         notes: sentences on how to read the numbers.

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from timestep_experts.data import EncodedPictures
+from timestep_experts.data import EncodedDataset
 from timestep_experts.intervals import Interval, Partition, draw_timesteps
 from timestep_experts.models import Family, Samples
 
@@ -33,7 +33,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def samples(self, pictures: EncodedPictures, family: Family) -> Samples:
+    def samples(self, pictures: EncodedDataset, family: Family) -> Samples:
         """These samples on the family's device; text encoders that carry experts encode here, at each sample's t."""
         device = family.device
         t = self.t.to(device)
@@ -69,7 +69,7 @@ class BatchPlan:
         """Samples per step."""
         return len(self.strata) * self.samples_per_stratum
 
-    def draw(self, pictures: EncodedPictures, family: Family, step: int, *, only: Interval | None = None) -> Batch:
+    def draw(self, pictures: EncodedDataset, family: Family, step: int, *, only: Interval | None = None) -> Batch:
         """The samples of one step; a stratum's samples do not depend on the other strata.
 
         Args:
@@ -86,7 +86,7 @@ class BatchPlan:
         columns = zip(*((part.indices, part.t, part.noise, part.dropped) for part in parts), strict=True)
         return Batch(*(torch.cat(column) for column in columns))
 
-    def _draw_stratum(self, stratum: Interval, pictures: EncodedPictures, family: Family, step: int) -> Batch:
+    def _draw_stratum(self, stratum: Interval, pictures: EncodedDataset, family: Family, step: int) -> Batch:
         count = self.samples_per_stratum
         generator = generator_for(self.seed, self.stage, str(stratum), step)
         return Batch(

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from timestep_experts.data import EncodedPictures
+from timestep_experts.data import EncodedDataset
 from timestep_experts.errors import UserError
 from timestep_experts.intervals import Interval, Partition, draw_timesteps, mirror_timesteps
 from timestep_experts.merging import Placement
@@ -103,7 +103,7 @@ class DecouplePlan:
     sampling: Sampling
     antithetic: bool
 
-    def draw(self, pictures: EncodedPictures, family: Family, step: int) -> Batch:
+    def draw(self, pictures: EncodedDataset, family: Family, step: int) -> Batch:
         """The samples of one step; with pairs, sample i + ceil(B / 2) mirrors sample i."""
         whole = Partition.uniform(1, self.strata.num_train_timesteps)
         plan = BatchPlan(self.seed, self.stage, whole, self.batch_size, self.caption_dropout)
@@ -146,7 +146,7 @@ class Decoupling:
     samples_per_mean: int
 
     def losses(
-        self, family: Family, pictures: EncodedPictures, chunk: Batch, precision: Precision
+        self, family: Family, pictures: EncodedDataset, chunk: Batch, precision: Precision
     ) -> tuple[Tensor, Tensor]:
         """Weighted denoising losses and distances to the teacher, ``(B,)`` each; the latter 0 without one."""
         with torch.autocast(family.device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -160,7 +160,7 @@ class Decoupling:
         return denoising, torch.zeros_like(denoising) if taught is None else squared_error(denoised.predicted, taught)
 
     def backward(
-        self, _step: int, /, family: Family, pictures: EncodedPictures, chunk: Batch, precision: Precision
+        self, _step: int, /, family: Family, pictures: EncodedDataset, chunk: Batch, precision: Precision
     ) -> Tensor:
         """See `Objective`."""
         denoising, distance = self.losses(family, pictures, chunk, precision)

@@ -53,7 +53,7 @@ class DistillSettings:
 
     Args:
         timesteps: t of each step of the generator, descending; every expert owns at least one.
-        inputs: ``backsim``: experts see what those of the earlier steps draw. ``real``: training pictures made noisy.
+        inputs: ``backsim``: experts see what those of earlier steps generate. ``real``: training pictures made noisy.
             The first step sees pure noise either way.
         guidance_scale: of the real score.
         generator_interval: the generator learns at every so many-th update of the fake score.

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from timestep_experts.data import EncodedPictures
+from timestep_experts.data import EncodedDataset
 from timestep_experts.intervals import Partition
 from timestep_experts.models import Family
 from timestep_experts.training.batches import Batch, BatchPlan, generator_for
@@ -90,7 +90,7 @@ class DistillPlan:
         """One: all timesteps."""
         return Partition.uniform(1, self.num_train_timesteps)
 
-    def draw(self, pictures: EncodedPictures, family: Family, step: int) -> DistillBatch:
+    def draw(self, pictures: EncodedDataset, family: Family, step: int) -> DistillBatch:
         """The samples of one step, a pure function of seed, stage and step."""
         plan = BatchPlan(self.seed, self.stage, self.strata, self.batch_size, self.caption_dropout)
         plain = plan.draw(pictures, family, step)

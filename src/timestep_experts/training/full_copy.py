@@ -76,7 +76,7 @@ class FullCopy:
             value.copy_(tensors[name])
 
     def trained_modules(self) -> Iterable[nn.Module]:
-        """See `Trainee`."""
+        """See `Trainable`."""
         return (self.denoiser, self.projections, self.extra)
 
     def follow(self, step: int) -> None:

@@ -20,12 +20,12 @@ from timestep_experts.models.quantization import is_quantised
 from timestep_experts.objectives import clean_from_noise
 
 SAMPLER = "LCMScheduler"
-"""The scheduler of diffusers that draws as `Generator.draw` does."""
+"""The scheduler of diffusers that samples as `Generator.sample` does."""
 
 
 @dataclass(frozen=True)
 class Generator:
-    """A base model that draws in a few steps: x0, made noisy to the next t with fresh noise, x0, and so on.
+    """A base model that samples in a few steps: x0, made noisy to the next t with fresh noise, x0, and so on.
 
     Args:
         family: the base; whatever its denoiser carries, in its present mode, is the generator.
@@ -57,7 +57,7 @@ class Generator:
         return clean_from_noise(noisy, self.family.predict(noisy, t, conditioning), alphas_at(self.family, t))
 
     def input_at(self, step: Tensor, noises: Tensor, conditioning_of: Callable[[Tensor], Conditioning]) -> Tensor:
-        """What the generator sees at a step when it draws: pure noise at step 0, its own x0 made noisy later on.
+        """What the generator sees at a step when it samples: pure noise at step 0, its own x0 made noisy later on.
 
         Nothing of it has a graph.
 
@@ -77,8 +77,8 @@ class Generator:
                     noisy[rows] = self.family.noise.add_noise(clean, noises[rows, earlier + 1], after)
         return noisy
 
-    def draw(self, noises: Tensor, conditioning: Conditioning) -> Tensor:
-        """Latents drawn in all steps; equals `SAMPLER` without guidance within 1e-5.
+    def sample(self, noises: Tensor, conditioning: Conditioning) -> Tensor:
+        """Latents after all steps; equals `SAMPLER` without guidance within 1e-5.
 
         Args:
             noises: ``(B, steps, c, h, w)``.

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from timestep_experts.data import EncodedPictures
+from timestep_experts.data import EncodedDataset
 from timestep_experts.errors import UserError
 from timestep_experts.formats.atomic import write_json, write_tensors
 from timestep_experts.models import Family
@@ -60,7 +60,7 @@ Observer = Callable[[int, RunLog], None]
 
 def run_stage(
     training: Training,
-    pictures: EncodedPictures,
+    pictures: EncodedDataset,
     settings: LoopSettings,
     folder: Path,
     fingerprint: Mapping[str, Any],
@@ -121,7 +121,7 @@ class _Stepper:
     def __init__(
         self,
         training: Training,
-        pictures: EncodedPictures,
+        pictures: EncodedDataset,
         optimiser: torch.optim.Optimizer,
         settings: LoopSettings,
         watch: FiniteWatch,

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from timestep_experts.data import EncodedPictures
+from timestep_experts.data import EncodedDataset
 from timestep_experts.mixture import Mixture
 from timestep_experts.models import Family, Samples
 from timestep_experts.models.family import Conditioning
@@ -75,7 +75,7 @@ class Distilling:
     _noted: dict[str, list[Tensor]] = field(default_factory=dict, init=False)
 
     def backward(
-        self, step: int, /, family: Family, pictures: EncodedPictures, chunk: Batch, precision: Precision
+        self, step: int, /, family: Family, pictures: EncodedDataset, chunk: Batch, precision: Precision
     ) -> Tensor:
         """See `Objective`; the losses are those of the fake score."""
         assert isinstance(chunk, DistillBatch)
@@ -122,7 +122,7 @@ class _Moment:
     """One micro-batch on the device, and what the networks say to it."""
 
     def __init__(
-        self, owner: Distilling, family: Family, pictures: EncodedPictures, chunk: DistillBatch, precision: Precision
+        self, owner: Distilling, family: Family, pictures: EncodedDataset, chunk: DistillBatch, precision: Precision
     ) -> None:
         self.owner, self.family, self.pictures, self.chunk = owner, family, pictures, chunk
         self.device, self.precision = family.device, precision

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timestep_experts.data import EncodedPictures
+from timestep_experts.data import EncodedDataset
 from timestep_experts.models import Family
 from timestep_experts.training.batches import Batch
 from timestep_experts.training.stage import Precision, Training, gradients_of
@@ -103,7 +103,7 @@ def fake_networks(networks: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
-def fake_pictures(family: Family, pixel_shape: Sequence[int], *, as_tokens: bool) -> EncodedPictures:
+def fake_pictures(family: Family, pixel_shape: Sequence[int], *, as_tokens: bool) -> EncodedDataset:
     """A data set of one picture without a caption, of the shapes that the family's own encoders give.
 
     Args:
@@ -112,9 +112,9 @@ def fake_pictures(family: Family, pixel_shape: Sequence[int], *, as_tokens: bool
         as_tokens: keep captions as token ids.
     """
     with torch.no_grad():
-        latents = family.encode_media(torch.zeros(1, *pixel_shape))
+        latents = family.encode_pixels(torch.zeros(1, *pixel_shape))
         features = (family.tokenize if as_tokens else family.encode_captions)(["", ""])
-    return EncodedPictures(
+    return EncodedDataset(
         latents=latents,
         caption_rows=torch.zeros(1, dtype=torch.long),
         features=features,
@@ -126,7 +126,7 @@ def fake_pictures(family: Family, pixel_shape: Sequence[int], *, as_tokens: bool
 
 def step_peak(
     training: Training,
-    pictures: EncodedPictures,
+    pictures: EncodedDataset,
     accumulation_steps: int,
     precision: Precision,
     *,
@@ -167,7 +167,7 @@ def _tensors_of(family: Family) -> list[Tensor]:
     return [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
 
 
-def _fake_batch(size: int, pictures: EncodedPictures, family: Family) -> Batch:
+def _fake_batch(size: int, pictures: EncodedDataset, family: Family) -> Batch:
     rows = torch.zeros(size, dtype=torch.long)
     t = rows if family.noise.has_integer_timesteps else rows.float()
     return Batch(rows, t, torch.zeros(size, *pictures.latents.shape[1:]), rows.bool())

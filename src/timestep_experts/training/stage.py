@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from timestep_experts.data import EncodedPictures
+from timestep_experts.data import EncodedDataset
 from timestep_experts.intervals import Interval, Partition
 from timestep_experts.models import Family
 from timestep_experts.objectives import squared_error
@@ -59,7 +59,7 @@ class Plan(Protocol):
         """Probability of the empty caption."""
         ...
 
-    def draw(self, pictures: EncodedPictures, family: Family, step: int) -> Batch:
+    def draw(self, pictures: EncodedDataset, family: Family, step: int) -> Batch:
         """The samples of a step, from 0."""
         ...
 
@@ -68,7 +68,7 @@ class Objective(Protocol):
     """A loss and its gradients."""
 
     def backward(
-        self, step: int, /, family: Family, pictures: EncodedPictures, chunk: Batch, precision: Precision
+        self, step: int, /, family: Family, pictures: EncodedDataset, chunk: Batch, precision: Precision
     ) -> Tensor:
         """Add the gradients of a part of a step's batch to those that are there.
 
@@ -90,7 +90,7 @@ class Denoising:
     samples_per_mean: int
 
     def backward(
-        self, _step: int, /, family: Family, pictures: EncodedPictures, chunk: Batch, precision: Precision
+        self, _step: int, /, family: Family, pictures: EncodedDataset, chunk: Batch, precision: Precision
     ) -> Tensor:
         """See `Objective`."""
         with torch.autocast(family.device.type, torch.bfloat16, enabled=precision == "bf16"):

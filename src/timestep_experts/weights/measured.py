@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from timestep_experts.data import EncodedPictures
+from timestep_experts.data import EncodedDataset
 from timestep_experts.evaluation import LossSettings
 from timestep_experts.evaluation.merges import MergeSplit
 from timestep_experts.intervals import Partition
@@ -27,7 +27,7 @@ class MeasuredBase:
 
     source: str
     load: Callable[[], Family]
-    load_pictures: Callable[[Family, bool], EncodedPictures]
+    load_pictures: Callable[[Family, bool], EncodedDataset]
     loss_settings: Callable[[Partition], LossSettings]
     seed: int
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from timestep_experts.build import build_sample_settings
 from timestep_experts.config import Recipe
-from timestep_experts.data import MediaSettings
+from timestep_experts.data import DecodeSettings
 from timestep_experts.inference import SampleSettings
 from timestep_experts.jobs.methods.protocol import Costs
 from timestep_experts.mixture import Mixture, ParameterCount
@@ -41,6 +41,6 @@ class BaseCandidate:
         """Nothing."""
         return Costs(ParameterCount(0, 0, 0), 0, 0.0)
 
-    def sampling(self, media: MediaSettings) -> SampleSettings:
+    def sampling(self, decoding: DecodeSettings) -> SampleSettings:
         """As the recipe says."""
-        return build_sample_settings(self.recipe, media)
+        return build_sample_settings(self.recipe, decoding)

@@ -17,7 +17,7 @@ from timestep_experts.build import (
     build_sampling_defaults,
 )
 from timestep_experts.config import DecoupleConfig, Recipe, Variant
-from timestep_experts.data import MediaSettings
+from timestep_experts.data import DecodeSettings
 from timestep_experts.formats import tool_versions
 from timestep_experts.formats.checkpoints import Checkpoint
 from timestep_experts.formats.experts import (
@@ -86,7 +86,7 @@ class Decoupling:
         decoupled = decouple(family, settings, index)
         preview = Preview(
             decoupled.family,
-            build_sample_settings(self.recipe, context.media),
+            build_sample_settings(self.recipe, context.decoding),
             settings.partition,
             observing=decoupled.trainee.as_expert,
         )
@@ -126,7 +126,7 @@ class Decoupling:
             base_model=self.recipe.pretrained_model_name_or_path,
             denoiser_class=type(denoiser).__name__,
             seed=self.recipe.seed,
-            sampling=build_sampling_defaults(self.recipe, context.media),
+            sampling=build_sampling_defaults(self.recipe, context.decoding),
             provenance={
                 "recipe": {
                     **self.recipe.model_dump(mode="json", include=shared),
@@ -240,9 +240,9 @@ class CopiesCandidate:
         stored = sum(sizes.values()) * (1 if self.mode == "merged" else len(folders))
         return Costs(ParameterCount(stored, 0, trained), *training_cost(self.method.paths.finished_stages()))
 
-    def sampling(self, media: MediaSettings) -> SampleSettings:
+    def sampling(self, decoding: DecodeSettings) -> SampleSettings:
         """As the base."""
-        return build_sample_settings(self.method.recipe, media)
+        return build_sample_settings(self.method.recipe, decoding)
 
 
 def expert_tensors(trainee: FullCopy, deltas: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from timestep_experts.build import (
     build_mixture,
 )
 from timestep_experts.config import DistillConfig
-from timestep_experts.data import MediaSettings
+from timestep_experts.data import DecodeSettings
 from timestep_experts.errors import UserError
 from timestep_experts.formats import SamplingDefaults
 from timestep_experts.inference import SampleSettings
@@ -136,16 +136,16 @@ class Distilling(LowRankMethod):
             self.assembling.optimizer if item.stage.name == "assemble" else self.config.optimizer,
             self.paths.stage(item.stage.name),
             self.deciding(item.stage.name),
-            preview_experts(context, mixture, mode, self.sampling(context.media), None),
+            preview_experts(context, mixture, mode, self.sampling(context.decoding), None),
         )
 
-    def sampling(self, media: MediaSettings) -> SampleSettings:
+    def sampling(self, decoding: DecodeSettings) -> SampleSettings:
         """See `LowRankMethod`: in the generator's own steps."""
-        return build_generator_sample_settings(self.recipe, self.config, media)
+        return build_generator_sample_settings(self.recipe, self.config, decoding)
 
-    def sampling_defaults(self, media: MediaSettings) -> SamplingDefaults:
+    def sampling_defaults(self, decoding: DecodeSettings) -> SamplingDefaults:
         """See `LowRankMethod`."""
-        return build_generator_defaults(self.recipe, self.config, media)
+        return build_generator_defaults(self.recipe, self.config, decoding)
 
     def is_unused(self, stage: str, left_out: list[str]) -> bool:
         """See `LowRankMethod`."""

@@ -13,7 +13,7 @@ from timestep_experts.build import (
     build_sampling_defaults,
 )
 from timestep_experts.config import FosterConfig, OptimizerConfig
-from timestep_experts.data import MediaSettings
+from timestep_experts.data import DecodeSettings
 from timestep_experts.errors import UserError
 from timestep_experts.formats import SamplingDefaults
 from timestep_experts.inference import SampleSettings
@@ -83,19 +83,19 @@ class Fostering(LowRankMethod):
             self._optimiser(stage),
             self.paths.stage(stage.name),
             self.deciding(stage.name),
-            preview_experts(context, mixture, mode, self.sampling(context.media), mixture.spec.strata),
+            preview_experts(context, mixture, mode, self.sampling(context.decoding), mixture.spec.strata),
         )
 
     def _optimiser(self, stage: Stage) -> OptimizerConfig:
         return self.assembling.optimizer if stage.name == "assemble" else self.config.optimizer
 
-    def sampling(self, media: MediaSettings) -> SampleSettings:
+    def sampling(self, decoding: DecodeSettings) -> SampleSettings:
         """See `LowRankMethod`."""
-        return build_sample_settings(self.recipe, media)
+        return build_sample_settings(self.recipe, decoding)
 
-    def sampling_defaults(self, media: MediaSettings) -> SamplingDefaults:
+    def sampling_defaults(self, decoding: DecodeSettings) -> SamplingDefaults:
         """See `LowRankMethod`."""
-        return build_sampling_defaults(self.recipe, media)
+        return build_sampling_defaults(self.recipe, decoding)
 
     def is_unused(self, stage: str, left_out: list[str]) -> bool:
         """See `LowRankMethod`; coarse experts live on in the fine ones that began as their copies."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from timestep_experts.build import RunContext, build_spec, build_targets
 from timestep_experts.config import AssembleConfig, DistillConfig, FosterConfig, Recipe, Variant
-from timestep_experts.data import MediaSettings
+from timestep_experts.data import DecodeSettings
 from timestep_experts.errors import UserError
 from timestep_experts.formats import Bundle, SamplingDefaults, load_bundle, save_bundle, tool_versions
 from timestep_experts.formats.bundle import TENSORS
@@ -67,9 +67,9 @@ class BundleCandidate:
         stored = counted.stored if is_routed else trained
         return Costs(ParameterCount(stored, counted.active, trained), *training_cost(stages))
 
-    def sampling(self, media: MediaSettings) -> SampleSettings:
+    def sampling(self, decoding: DecodeSettings) -> SampleSettings:
         """See `Candidate`."""
-        return self.method.sampling(media)
+        return self.method.sampling(decoding)
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ class MergedLoraCandidate:
         stages = [folder for folder in self.method.paths.finished_stages() if folder.name != "assemble"]
         return Costs(ParameterCount(counted.stored, counted.active, trained), *training_cost(stages))
 
-    def sampling(self, media: MediaSettings) -> SampleSettings:
+    def sampling(self, decoding: DecodeSettings) -> SampleSettings:
         """See `Candidate`."""
-        return self.method.sampling(media)
+        return self.method.sampling(decoding)
 
 
 def require_merged(variant: str, paths: VariantPaths) -> None:
@@ -160,11 +160,11 @@ class LowRankMethod(ABC):
         """
 
     @abstractmethod
-    def sampling(self, media: MediaSettings) -> SampleSettings:
+    def sampling(self, decoding: DecodeSettings) -> SampleSettings:
         """How the experts generate pictures or clips."""
 
     @abstractmethod
-    def sampling_defaults(self, media: MediaSettings) -> SamplingDefaults:
+    def sampling_defaults(self, decoding: DecodeSettings) -> SamplingDefaults:
         """What a bundle says of how it is meant to be sampled from."""
 
     @abstractmethod
@@ -223,7 +223,7 @@ class LowRankMethod(ABC):
             mode=mode,
             base_model=self.recipe.pretrained_model_name_or_path,
             denoiser_class=type(context.family.denoiser).__name__,
-            sampling=self.sampling_defaults(context.media),
+            sampling=self.sampling_defaults(context.decoding),
             provenance={
                 "recipe": {**shared, "method": self.config.model_dump(mode="json")},
                 "versions": tool_versions(),

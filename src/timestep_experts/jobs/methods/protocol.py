@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 from timestep_experts.build import RunContext
 from timestep_experts.config import Variant
-from timestep_experts.data import MediaSettings
+from timestep_experts.data import DecodeSettings
 from timestep_experts.inference import SampleSettings
 from timestep_experts.jobs.paths import VariantPaths
 from timestep_experts.jobs.plan import StagePlan
@@ -67,7 +67,7 @@ class Candidate(Protocol):
         """What it took to train, and takes to use; called while `on` is open."""
         ...
 
-    def sampling(self, media: MediaSettings) -> SampleSettings:
+    def sampling(self, decoding: DecodeSettings) -> SampleSettings:
         """How it generates pictures or clips."""
         ...
 
