@@ -114,9 +114,9 @@ def encode_dataset(
 
     Args:
         pictures: what to encode.
-        settings: see there.
+        settings: see `DecodeSettings`.
         family: its encoders are used.
-        folder: of the cache.
+        folder: the folder of the cache.
         as_tokens: keep captions as token ids, for text encoders that are to change.
 
     Raises:

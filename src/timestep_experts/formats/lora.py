@@ -54,11 +54,11 @@ def save_lora(
     """Write a LoRA into a folder; returns the file.
 
     Args:
-        folder: exists.
+        folder: where the file goes; it exists.
         updates: see `lora_tensors`.
-        layers: see there.
-        dtype: of the file.
-        metadata: of the file.
+        layers: see `lora_tensors`.
+        dtype: the dtype of the tensors in the file.
+        metadata: further text for the head of the file.
 
     Raises:
         UserError: a number leaves the range of the dtype.

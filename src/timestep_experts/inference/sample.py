@@ -78,7 +78,7 @@ def sample(
         pipeline: a diffusers text-to-image or text-to-video pipeline, with or without experts; its scheduler is put
             back afterwards. One that takes no prompts (DDPM) generates as many pictures, of its own size.
         prompts: N of them.
-        settings: see there.
+        settings: see `SampleSettings`.
         progress: title of the progress bar, ``None`` for no bar.
 
     Returns:

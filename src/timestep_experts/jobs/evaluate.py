@@ -158,7 +158,7 @@ def _training_logs(recipe: Recipe) -> dict[str, list[dict[str, float]]]:
 
 
 def _fingerprint(recipe: Recipe, context: RunContext, settings: LossSettings, row: Candidate) -> dict[str, Any]:
-    """Whatever decides a measurement."""
+    """A fingerprint of whatever decides what a measurement says."""
     timesteps = row.sampling(context.decoding).timesteps
     return {
         "evaluation": recipe.evaluation.model_dump(mode="json"),

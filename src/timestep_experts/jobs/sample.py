@@ -89,7 +89,7 @@ def sample_ensemble(
         experts: the ``decoupled`` folder of a variant.
         prompts: one per picture or clip.
         output: where to.
-        options: see there; ``mode`` and ``fused`` do not apply.
+        options: see `SampleOptions`; ``mode`` and ``fused`` do not apply.
         resident: whether ``one`` expert or ``all`` are in memory; see `attach_ensemble`.
 
     Returns:

@@ -99,11 +99,11 @@ class Projections(nn.Module):
         return {place.name: delta for place, delta in zip(self.places, self.deltas, strict=True)}
 
     def kept(self) -> dict[str, nn.Parameter]:
-        """Those that do not fold."""
+        """The projections that fold into no layer, and stay beside the weights."""
         return {p.name: d for p, d in zip(self.places, self.deltas, strict=True) if not p.folds_into}
 
     def detach_hooks(self) -> None:
-        """Take them off: the denoiser computes what its own weights say."""
+        """Take the projections off: the denoiser computes with its own weights alone."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -129,7 +129,7 @@ def fold(tensor: Tensor, delta: Tensor) -> Tensor:
 
 
 def unfold(tensor: Tensor, delta: Tensor) -> Tensor:
-    """Undo `fold`, in fp64, so that the factors can be merged apart from each other.
+    """Invert `fold`, in fp64, so that the factors can be merged apart from each other.
 
     Raises:
         UserError: the projection has no inverse.
@@ -149,7 +149,7 @@ def project(output: Tensor, delta: Tensor, *, channels_last: bool) -> Tensor:
     Args:
         output: ``(B, ..., C)`` if ``channels_last``, else ``(B, C, ...)``.
         delta: ``(C, C)``, ``W - I``.
-        channels_last: see there.
+        channels_last: whether the channels are the last axis, as in the output of a linear layer.
     """
     delta = delta.to(output.dtype)
     if channels_last or output.dim() == 2:

@@ -196,7 +196,7 @@ class Family(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Of the denoiser."""
+        """The device of the denoiser."""
         return next(self.denoiser.parameters()).device
 
     @property

@@ -32,7 +32,7 @@ class NoiseProcess(Protocol):
 
     @property
     def density(self) -> TimestepDensity:
-        """How base training draws t."""
+        """The distribution that t has when the base is trained."""
         ...
 
     def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a training step sees, as a pure function of (seed, stage, step): nothing to save, nothing to restore."""
+"""The samples of a training step, a pure function of (seed, stage, step), so that nothing of them needs saving."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Batch:
     Args:
         indices: ``(B,)`` int64, pictures in the dataset.
         t: ``(B,)``, grouped by stratum from low to high noise.
-        noise: ``(B, c, h, w)`` fp32.
-        dropped: ``(B,)`` bool, whose caption is replaced by the empty one.
+        noise: ``(B, c, ...)`` fp32, of the latents' shape.
+        dropped: ``(B,)`` bool, whether a sample's caption is replaced by the empty one.
     """
 
     indices: Tensor
@@ -48,10 +48,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How batches are drawn.
+    """Which samples a step trains on.
 
     Args:
-        seed: of the run.
+        seed: the run's seed, from which all random numbers follow.
         stage: a name that separates the random numbers of stages.
         strata: every batch holds ``samples_per_stratum`` timesteps of each of these intervals.
         samples_per_stratum: b.
@@ -99,7 +99,7 @@ class BatchPlan:
         )
 
     def _indices(self, stratum: Interval, num_pictures: int, step: int) -> Tensor:
-        """Every stratum walks through its own shuffles of the dataset, epoch after epoch."""
+        """Each stratum goes through the dataset in an order of its own, shuffled anew in every epoch."""
         count = self.samples_per_stratum
         positions = torch.arange(step * count, (step + 1) * count)
         places = ((int(p) // num_pictures, int(p) % num_pictures) for p in positions)

@@ -91,7 +91,7 @@ def require_same_fingerprint(stored: Mapping[str, Any], wanted: Mapping[str, Any
 
 
 def flatten_optimiser_state(optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split any optimiser's state into tensors and plain numbers, both named ``<parameter>.<entry>[.<part>]``.
+    """Split an optimiser's state into tensors and plain numbers, both named ``<parameter>.<entry>[.<part>]``.
 
     bitsandbytes puts quantised entries into a mapping of their own, torchao into tensors made of tensors: these are
     taken apart.
@@ -121,7 +121,7 @@ def _take_apart(path: str, value: Any, tensors: dict[str, Tensor], numbers: dict
 def unflatten_optimiser_state(
     optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
 ) -> None:
-    """Undo `flatten_optimiser_state`; parameter groups keep their present settings."""
+    """Load what `flatten_optimiser_state` returned; parameter groups keep their present settings."""
     tree: dict[str, Any] = {}
     for key, value in {**tensors, **numbers}.items():
         *parents, name = key.split(".")

@@ -82,7 +82,7 @@ class DecouplePlan:
     """Samples mostly from one range, by a pure function of (seed, stage, step).
 
     Args:
-        seed: of the run.
+        seed: the run's seed, from which all random numbers follow.
         stage: separates the random numbers of stages.
         strata: all ranges; losses are logged by them.
         interval: the own range.

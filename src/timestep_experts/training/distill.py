@@ -101,7 +101,7 @@ class Distilled:
         return dict(self._tensors())
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], /) -> None:
-        """Undo `state_dict`.
+        """Load what `state_dict` returned.
 
         Raises:
             UserError: names or shapes differ; nothing is loaded then.

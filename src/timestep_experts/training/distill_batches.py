@@ -1,4 +1,4 @@
-"""What a step of distillation sees: captions, the generator's noises, and where its pictures are made noisy again."""
+"""The samples of a step of distillation: captions, the generator's noises, and how pictures are noised again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MATCHING_RANGE = (0.02, 0.98)
 
 @dataclass(frozen=True)
 class Renoising:
-    """Where pictures are made noisy: ``t (B,)`` int64 and ``noise (B, c, h, w)``."""
+    """How pictures are noised again: ``t (B,)`` int64 and ``noise (B, c, h, w)``."""
 
     t: Tensor
     noise: Tensor
@@ -66,7 +66,7 @@ class DistillPlan:
     """How batches of distillation are drawn.
 
     Args:
-        seed: of the run.
+        seed: the run's seed, from which all random numbers follow.
         stage: a name that separates the random numbers of stages.
         timesteps: of the generator, descending.
         owned: the numbers of the steps that are trained; samples are spread over them evenly.

@@ -1,4 +1,4 @@
-"""Training stops where numbers are no longer finite, and says where that began."""
+"""Training stops when losses or gradients are no longer finite, and the error says where that began."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NEVER = torch.iinfo(torch.int64).max
 
 
 class FiniteWatch:
-    """Notes on the device since when a loss or a gradient is not finite; the host waits in `require` only.
+    """Remembers on the device at which step a loss or gradient was first not finite; only `require` waits for it.
 
     Args:
         stage: whose losses and gradients.

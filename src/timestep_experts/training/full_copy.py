@@ -63,7 +63,7 @@ class FullCopy:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, Tensor], /) -> None:
-        """Undo `state_dict`.
+        """Load what `state_dict` returned.
 
         Raises:
             UserError: the names differ.

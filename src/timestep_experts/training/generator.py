@@ -139,6 +139,6 @@ def trainable_copy(family: Family, mixture: Mixture) -> Family:
 
 @torch.no_grad()
 def copy_base(source: nn.Module, target: nn.Module) -> None:
-    """Give a copy of a denoiser the values of the base again; layers with experts answer for their base layer."""
+    """Copy the values of the base into a copy of its denoiser; of layers with experts, those of the base layer."""
     for name, parameter in target.named_parameters():
         parameter.copy_(source.get_parameter(name))

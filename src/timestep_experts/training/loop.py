@@ -1,4 +1,4 @@
-"""The training loop. It knows param_groups, batches and a loss; what is fostered or assembled it does not know."""
+"""The training loop. It knows parameter groups, batches and a loss, and not what kind of training they belong to."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ FINGERPRINT = "fingerprint.json"
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """How long, how often, how precisely.
+    """How a stage is run: how often it saves, logs and validates, and in which precision.
 
     Args:
         optimiser: which one, its schedule and its clip.
         gradient_accumulation_steps: micro-batches per optimiser step; the batch is cut, not multiplied.
         mixed_precision: ``bf16`` runs the denoiser under autocast; parameters and optimiser stay fp32.
         checkpointing_steps: ``None`` writes none but the result.
-        checkpoints_total_limit: how many to keep.
+        checkpoints_total_limit: how many checkpoints are kept; ``None`` keeps all.
         logging_steps: mean losses are written this often.
         validation_steps: how often the observer is called; ``None`` only at the end.
     """
@@ -71,7 +71,7 @@ def run_stage(
     Args:
         training: the stage, what it changes, and the base.
         pictures: the training set.
-        settings: see there.
+        settings: see `LoopSettings`.
         folder: of the stage; receives ``checkpoint-N/``, ``log.jsonl``, ``tensorboard/`` and ``result.safetensors``.
         fingerprint: what the run is; a folder of a run with another fingerprint is refused.
         observe: called every ``validation_steps`` and at the end.
@@ -137,7 +137,7 @@ class _Stepper:
         self._forget_log()
 
     def step(self, step: int) -> None:
-        """Draw, run, share out the gradients, update."""
+        """Draw the batch of a step, run it, share out the gradients among the experts, and update them."""
         batch = self.stage.plan.draw(self.pictures, self.family, step)
         self.stage.set_mode()
         with torch.random.fork_rng(devices=[]):

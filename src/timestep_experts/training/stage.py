@@ -1,4 +1,4 @@
-"""A piece of training: what learns, from which samples, by which loss. The loop runs it and knows no more of it."""
+"""A stage of training: what learns, from which samples, and by which loss. The loop runs any stage."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Precision = Literal["no", "bf16"]
 
 
 class Trainable(Protocol):
-    """What a stage changes: a mixture, a copy of the denoiser, or several networks."""
+    """What a stage changes: a mixture, a copy of the denoiser, or several networks together."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a checkpoint must hold beside the optimiser's state."""
         ...
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], /) -> None:
-        """Undo `state_dict`."""
+        """Load what `state_dict` returned."""
         ...
 
     def trained_modules(self) -> Iterable[nn.Module]:
@@ -41,7 +41,7 @@ class Plan(Protocol):
 
     @property
     def seed(self) -> int:
-        """Of the run."""
+        """The seed of the run."""
         ...
 
     @property
@@ -102,17 +102,17 @@ class Denoising:
 
 @dataclass(frozen=True)
 class Stage:
-    """One piece of training.
+    """One stage of training: what learns, from which samples, and by which loss.
 
     Args:
-        name: of its folder and its random numbers.
+        name: names the folder, and separates the random numbers of stages.
         param_groups: what is optimised; everything else stays frozen.
         plan: how batches are drawn.
         objective: what is minimised.
         set_mode: called before each step; puts a mixture into the mode of this stage.
         prepare: changes the trainee before the first step, and not when resuming.
         after_step: called after each optimiser step, with the number of steps done.
-        report: further values for the log, since it was last asked.
+        report: gives further values for the log, of the steps since it was last called.
     """
 
     name: str
@@ -140,7 +140,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Training:
-    """A stage with all that it touches.
+    """A stage, what it changes, and the base model around that.
 
     Args:
         stage: to be run.

@@ -55,7 +55,7 @@ class Search:
 
     @property
     def num_evaluations(self) -> int:
-        """Of the objective, all together."""
+        """How often the objective was evaluated, all calls counted."""
         return len(self.evaluated)
 
 

@@ -108,7 +108,7 @@ class Merging:
             write_json(draft / FINGERPRINT, deciding)
 
     def _fingerprint(self, experts: Iterable[Path], partition: Partition) -> dict[str, Any]:
-        """Whatever decides the bytes of a merge."""
+        """A fingerprint of whatever decides the bytes of a merge."""
         return {
             "merge": self.config.model_dump(mode="json"),
             "base_model": self.recipe.pretrained_model_name_or_path,

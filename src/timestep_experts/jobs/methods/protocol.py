@@ -60,7 +60,7 @@ class Candidate(Protocol):
         ...
 
     def on(self, family: Family) -> AbstractContextManager[Mixture | None]:
-        """Put it on a family's pipeline, which has its own weights back afterwards; gives its mixture, if any."""
+        """Put the candidate on a family's pipeline for a while; gives its mixture, if it has one."""
         ...
 
     def costs(self, family: Family, mixture: Mixture | None) -> Costs:
@@ -68,7 +68,7 @@ class Candidate(Protocol):
         ...
 
     def sampling(self, decoding: DecodeSettings) -> SampleSettings:
-        """How it generates pictures or clips."""
+        """The settings with which it generates pictures or clips."""
         ...
 
 
@@ -77,12 +77,12 @@ class Method(Protocol):
 
     @property
     def variant(self) -> Variant:
-        """What is trained."""
+        """The variant that is trained."""
         ...
 
     @property
     def paths(self) -> VariantPaths:
-        """Where its files are."""
+        """The paths of its files."""
         ...
 
     def plan(self, *, with_memory: bool = False) -> list[StagePlan]:
@@ -101,7 +101,7 @@ class Method(Protocol):
         ...
 
     def candidates(self) -> list[Candidate]:
-        """The rows that it gives to a table."""
+        """The rows that this variant adds to the table of results."""
         ...
 
     def notes(self) -> list[str]:
