@@ -5,7 +5,7 @@ Run: python benchmarks/deme.py recipes/cifar10.yaml --seeds 0 1 --output benchma
 Every piece is kept in the recipe's ``output_dir``; the same command goes on where it was stopped, and repeats nothing
 that is finished. Merge weights are chosen on the recipe's ``data.validation_path``. All that is reported is measured on
 ``--report``, which shares no picture with it: the loss in every range of t with common random numbers, and the Frechet
-distance of drawn pictures in the features of ``--features`` (`picture_features`), all rows from the same noise.
+distance of generated pictures in the features of ``--features`` (`picture_features`), all rows from the same noise.
 
 Writes ``--output``, ``{seed: rows}``, and to ``output_dir`` a figure (``ranges.png``) and pictures (``sheet.png``).
 """
@@ -79,7 +79,7 @@ class Settings:
         recipe: of the experts.
         report: folder of the pictures that results are of.
         features: file of the classifier whose features the Frechet distance is in.
-        num_pictures: drawn for it per row; 0 draws none.
+        num_pictures: how many are generated for it per row; 0 generates none.
         objective: what merge weights are chosen to lower.
         search_pictures: per bin of t, while choosing.
         groups: of copies, those that are trained and compared.
@@ -134,7 +134,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--groups", nargs="+", choices=GROUPS, default=GROUPS, help="of rows, beside the base")
     parser.add_argument("--report", default="work/cifar10/pictures/report", help="pictures that results are of")
     parser.add_argument("--features", type=Path, default=Path("work/cifar10/features.safetensors"))
-    parser.add_argument("--num-pictures", type=int, default=500, help="drawn per row for the Frechet distance; 0: none")
+    parser.add_argument(
+        "--num-pictures", type=int, default=500, help="how many per row for the Frechet distance; 0: none"
+    )
     parser.add_argument("--objective", choices=("mean", "ranges"), default="mean", help="of the search for weights")
     parser.add_argument("--search-pictures", type=int, default=32, help="per bin of t, while searching")
     parser.add_argument("--workers", type=int, default=default_workers(), help="processes that share the work")
@@ -304,7 +306,7 @@ def _search(job: RowJob, folders: Sequence[Path], output: Path) -> None:
 
 
 def _measure_model(recipe: Recipe, settings: Settings, served: Sequence[Path]) -> tuple[ResultRow, NDArray[np.uint8]]:
-    """Losses on the reporting pictures, and the distance of drawn ones to them."""
+    """Losses on the reporting pictures, and the distance of generated ones to them."""
     family, own = build_family(recipe), reporting(recipe, settings.report)
     partition = ranges_of(settings.recipe)
     if served:
@@ -315,19 +317,19 @@ def _measure_model(recipe: Recipe, settings: Settings, served: Sequence[Path]) -
     row |= {"frechet": None, "frechet_of_real": None, "feature_accuracy": None}
     if not settings.num_pictures:
         return row, np.zeros((0, 1, 1, 3), np.uint8)
-    pictures = draw(family, recipe, settings.num_pictures)
+    pictures = generate(family, recipe, settings.num_pictures)
     document = settings.recipe.model_dump_json(exclude_unset=True)
     real, other, about = _references(document, settings.report, settings.features)
-    drawn = features_of(load_classifier(settings.features)[0], pictures)
+    generated = features_of(load_classifier(settings.features)[0], pictures)
     row |= {
-        "frechet": frechet_distance(drawn, real),
+        "frechet": frechet_distance(generated, real),
         "frechet_of_real": frechet_distance(other[: settings.num_pictures], real),
         "feature_accuracy": float(about.get("accuracy", "nan")),
     }
     return row, pictures
 
 
-def draw(family: Family, recipe: Recipe, count: int) -> NDArray[np.uint8]:
+def generate(family: Family, recipe: Recipe, count: int) -> NDArray[np.uint8]:
     """Pictures of a pipeline without text, in the precision of training; picture i of all rows begins at one noise."""
     settings = build_sample_settings(recipe, build_decode_settings(recipe, None, flip=False))
     with torch.autocast(family.device.type, torch.bfloat16, enabled=recipe.training.mixed_precision == "bf16"):

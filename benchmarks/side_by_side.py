@@ -68,11 +68,11 @@ def main() -> None:
 
 def load_row(folder: Path, indices: list[int], decoding: DecodeSettings, num_frames: int) -> NDArray[np.uint8]:
     """The pictures of some prompts, or so many frames of each of their clips: ``(N, H, W, 3)``."""
-    drawn = load_samples(folder / "pictures", max(indices) + 1, decoding)[indices]
+    samples = load_samples(folder / "pictures", max(indices) + 1, decoding)[indices]
     if not isinstance(decoding, ClipSettings):
-        return drawn
-    frames = np.linspace(0, drawn.shape[1] - 1, num_frames).round().astype(int)
-    return drawn[:, frames].reshape(-1, *drawn.shape[2:])
+        return samples
+    frames = np.linspace(0, samples.shape[1] - 1, num_frames).round().astype(int)
+    return samples[:, frames].reshape(-1, *samples.shape[2:])
 
 
 if __name__ == "__main__":

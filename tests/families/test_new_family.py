@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from tiny import seeded
 from torch import Tensor
 
+from conftest import tiny_autoencoder
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale
 from timestep_experts.models import Family, Samples, load_family
@@ -44,29 +46,25 @@ class DiT(Family):
         return said[:, : noisy.shape[1]]
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
+@seeded
+def tiny_dit() -> DiTPipeline:
     transformer = DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=4,
-        in_channels=4,
         out_channels=8,
         num_layers=2,
         sample_size=8,
         norm_num_groups=1,
         num_embeds_ada_norm=NUM_CLASSES,
     )
-    block = {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}
-    autoencoder = AutoencoderKL(block_out_channels=(4,), norm_num_groups=1, latent_channels=4, **block)
-    DiTPipeline(transformer, autoencoder, DDIMScheduler()).save_pretrained(tmp_path / "dit")
-    return tmp_path / "dit"
+    return DiTPipeline(transformer, tiny_autoencoder(), DDIMScheduler())
 
 
 @pytest.fixture
-def family(saved: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
+def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Family:
+    tiny_dit().save_pretrained(tmp_path)
     monkeypatch.setitem(FAMILIES, "DiTPipeline", DiT)
-    return load_family(str(saved), torch.device("cpu"))
+    return load_family(str(tmp_path), torch.device("cpu"))
 
 
 def test_a_family_is_one_short_class_and_one_entry(family: Family) -> None:
@@ -78,7 +76,7 @@ def test_experts_of_a_new_family_learn_at_their_own_timesteps_alone(family: Fami
     spec = MixtureSpec((Scale("n2", Partition.uniform(2, 1000), rank=2, alpha=2.0),))
     mixture = Mixture.attach({family.denoiser_name: family.denoiser}, spec, ["to_q", "to_v"], seed=0)
     mixture.foster("n2")
-    latents = family.encode_pixels(torch.zeros(2, 3, 8, 8))
+    latents = family.encode_pixels(torch.zeros(2, 3, 16, 16))
     t = torch.tensor([10, 20])
     conditioning = family.encode_captions(["1", ""])
     for stack in mixture.stacks("n2"):

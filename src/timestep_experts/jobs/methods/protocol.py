@@ -60,7 +60,11 @@ class Candidate(Protocol):
         ...
 
     def on(self, family: Family) -> AbstractContextManager[Mixture | None]:
-        """Put the candidate on a family's pipeline for a while; gives its mixture, if it has one."""
+        """Put the candidate on a family's pipeline, which has its own weights back when the context closes.
+
+        Returns:
+            The context; it gives the candidate's mixture, or ``None`` for a candidate without one.
+        """
         ...
 
     def costs(self, family: Family, mixture: Mixture | None) -> Costs:
