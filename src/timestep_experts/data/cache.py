@@ -106,14 +106,14 @@ class EncodedDataset:
 
 
 def encode_dataset(
-    pictures: Dataset, settings: DecodeSettings, family: Family, folder: Path, *, as_tokens: bool = False
+    dataset: Dataset, settings: DecodeSettings, family: Family, folder: Path, *, as_tokens: bool = False
 ) -> EncodedDataset:
     """Encode pictures or clips, or take it from the cache if neither content nor settings have changed.
 
     The key covers every file's bytes and caption, the settings, and the weights of the encoders.
 
     Args:
-        pictures: what to encode.
+        dataset: what to encode.
         settings: see `DecodeSettings`.
         family: its encoders are used.
         folder: the folder of the cache.
@@ -122,11 +122,11 @@ def encode_dataset(
     Raises:
         UserError: none can be decoded.
     """
-    contents = list(_read_all(pictures.examples))
-    key = _key(pictures.examples, contents, settings, f"{family.encoder_fingerprint()}{as_tokens}")
+    contents = list(_read_all(dataset.examples))
+    key = _key(dataset.examples, contents, settings, f"{family.encoder_fingerprint()}{as_tokens}")
     tensors_path, report_path = folder / f"{key}.safetensors", folder / f"{key}.json"
     if not (tensors_path.is_file() and report_path.is_file()):
-        _build(pictures.examples, settings, family, as_tokens, tensors_path, report_path)
+        _build(dataset.examples, settings, family, as_tokens, tensors_path, report_path)
     report = json.loads(report_path.read_text(encoding="utf-8"))
     tensors = load_file(tensors_path)
     features = {name.removeprefix("text."): value for name, value in tensors.items() if name.startswith("text.")}
@@ -135,35 +135,35 @@ def encode_dataset(
         caption_rows=tensors["caption_rows"],
         features=features,
         captions=tuple(report["captions"]),
-        skipped=(*pictures.skipped, *(Skipped(pictures.examples[i].place, why) for i, why in report["skipped"])),
+        skipped=(*dataset.skipped, *(Skipped(dataset.examples[i].place, why) for i, why in report["skipped"])),
         key=key,
         is_tokenised=as_tokens,
     )
 
 
-def halves_by_caption(pictures: EncodedDataset, seed: int) -> tuple[EncodedDataset, EncodedDataset]:
+def halves_by_caption(dataset: EncodedDataset, seed: int) -> tuple[EncodedDataset, EncodedDataset]:
     """Two halves that share no caption, to choose something on one and confirm it on the other.
 
     Args:
-        pictures: at least two.
-        seed: of who goes where. Where all pictures have one caption, it is they that are shared out.
+        dataset: of at least two pictures.
+        seed: decides which half a caption goes to or, where all have the same caption, which half a picture goes to.
 
     Raises:
         UserError: there is only one picture.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = pictures.caption_rows
-    labels = rows if bool((rows != rows[0]).any()) else torch.arange(len(pictures))
+    rows = dataset.caption_rows
+    labels = rows if bool((rows != rows[0]).any()) else torch.arange(len(dataset))
     kinds: Tensor = torch.unique(labels)
     chosen = kinds[torch.randperm(len(kinds), generator=generator)][: len(kinds) // 2]
     is_first = torch.isin(labels, chosen)
     if not is_first.any():
-        raise UserError(f"{len(pictures)} validation pictures cannot be halved: at least two are needed")
-    return _rows(pictures, is_first), _rows(pictures, ~is_first)
+        raise UserError(f"{len(dataset)} validation pictures cannot be halved: at least two are needed")
+    return _rows(dataset, is_first), _rows(dataset, ~is_first)
 
 
-def _rows(pictures: EncodedDataset, wanted: Tensor) -> EncodedDataset:
-    return replace(pictures, latents=pictures.latents[wanted], caption_rows=pictures.caption_rows[wanted], key="")
+def _rows(dataset: EncodedDataset, wanted: Tensor) -> EncodedDataset:
+    return replace(dataset, latents=dataset.latents[wanted], caption_rows=dataset.caption_rows[wanted], key="")
 
 
 def to_pixels(picture: Image.Image, height: int, width: int) -> Tensor:

@@ -102,7 +102,7 @@ def open_dataset(path: str, *, max_samples: int | None, seed: int, held_out: boo
     return Dataset(examples, skipped)
 
 
-def split_by_caption(pictures: Dataset, held_out_share: float, seed: int) -> tuple[Dataset, Dataset]:
+def split_by_caption(dataset: Dataset, held_out_share: float, seed: int) -> tuple[Dataset, Dataset]:
     """Set aside a share of the captions, with all their pictures: (training, validation).
 
     A caption's side depends on its text and the seed alone, so adding pictures moves none.
@@ -111,15 +111,15 @@ def split_by_caption(pictures: Dataset, held_out_share: float, seed: int) -> tup
         UserError: one of the sides would be empty.
     """
     sides: tuple[list[Example], list[Example]] = ([], [])
-    for example in pictures.examples:
+    for example in dataset.examples:
         digest = hashlib.sha256(f"{seed}:{example.caption}".encode()).digest()
         sides[int.from_bytes(digest[:4], "big") < held_out_share * 2**32].append(example)
     if not all(sides):
         raise UserError(
-            f"setting aside {held_out_share:.0%} of the captions of {len(pictures.examples)} pictures leaves no"
+            f"setting aside {held_out_share:.0%} of the captions of {len(dataset.examples)} pictures leaves no"
             f" {'training' if not sides[0] else 'validation'} picture; name a validation set of its own"
         )
-    return Dataset(tuple(sides[0]), pictures.skipped), Dataset(tuple(sides[1]), ())
+    return Dataset(tuple(sides[0]), dataset.skipped), Dataset(tuple(sides[1]), ())
 
 
 def list_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:

@@ -31,15 +31,15 @@ class GateMap:
     spread: tuple[tuple[float, ...], ...]
 
 
-def gate_map(family: Family, mixture: Mixture, pictures: EncodedDataset, settings: LossSettings) -> list[GateMap]:
+def gate_map(family: Family, mixture: Mixture, dataset: EncodedDataset, settings: LossSettings) -> list[GateMap]:
     """Route validation samples through every bin of t and keep the gates, one map per context scale."""
     columns: list[dict[str, tuple[list[float], list[float]]]] = []
     middles = []
     with mixture.using("route"):
-        for interval, batches in evaluation_batches(family, pictures, settings):
+        for interval, batches in evaluation_batches(family, dataset, settings):
             middles.append((interval.lo + interval.hi) / 2)
             with mixture.recorded_gates() as log:
-                family.denoise(batches[0].samples(pictures, family))
+                family.denoise(batches[0].samples(dataset, family))
             columns.append({name: _moments(calls) for name, calls in log.items()})
     modules = tuple(name for name in mixture.layers if name in columns[0])
     maps = []

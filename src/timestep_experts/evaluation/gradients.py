@@ -91,7 +91,7 @@ class Gradients:
         return cosines
 
 
-def measure_gradients(family: Family, pictures: EncodedDataset, settings: GradientSettings) -> Gradients:
+def measure_gradients(family: Family, dataset: EncodedDataset, settings: GradientSettings) -> Gradients:
     """Gradients of the denoising loss by the denoiser's parameters, at K timesteps; the family is left as it was.
 
     In memory: one gradient of the chosen parameters, and K sketches. The projection is a count sketch (each number is
@@ -104,12 +104,12 @@ def measure_gradients(family: Family, pictures: EncodedDataset, settings: Gradie
     bins = Partition.uniform(settings.num_timesteps, family.noise.num_train_timesteps).intervals
     times = [_middle(interval, family.noise.has_integer_timesteps) for interval in bins]
     generator = generator_for(settings.seed, "gradients")
-    rows = torch.randperm(len(pictures), generator=generator)[: settings.num_pictures]
-    noise = torch.randn(len(rows), *pictures.latents.shape[1:], generator=generator)
+    rows = torch.randperm(len(dataset), generator=generator)[: settings.num_pictures]
+    noise = torch.randn(len(rows), *dataset.latents.shape[1:], generator=generator)
     sketches, norms, losses = [], [], []
     with _trainable(family.denoiser, settings.parameters) as parameters:
         for t in tqdm(times, desc="gradients", unit="timestep", leave=False):
-            losses.append(_accumulate(family, pictures, rows, noise, t, settings.batch_size))
+            losses.append(_accumulate(family, dataset, rows, noise, t, settings.batch_size))
             gradients = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in parameters.items()}
             norms.append(sum(float(g.double().square().sum()) for g in gradients.values()) ** 0.5)
             sketches.append(_project(gradients, settings))
@@ -143,14 +143,14 @@ def _project(gradients: dict[str, Tensor], settings: GradientSettings) -> Tensor
 
 
 def _accumulate(
-    family: Family, pictures: EncodedDataset, rows: Tensor, noise: Tensor, t: float, batch_size: int
+    family: Family, dataset: EncodedDataset, rows: Tensor, noise: Tensor, t: float, batch_size: int
 ) -> float:
     """Leave the gradient of the mean loss at t on the parameters; returns that loss."""
     total, kind = 0.0, torch.long if family.noise.has_integer_timesteps else torch.float32
     for chosen, eps in zip(torch.split(rows, batch_size), torch.split(noise, batch_size), strict=True):
-        latents, eps = pictures.latents[chosen].to(family.device), eps.to(family.device)
+        latents, eps = dataset.latents[chosen].to(family.device), eps.to(family.device)
         times = torch.full((len(chosen),), t, device=family.device).to(kind)
-        denoised = family.denoise(Samples(latents, eps, times, pictures.features_at(family, chosen, times)))
+        denoised = family.denoise(Samples(latents, eps, times, dataset.features_at(family, chosen, times)))
         loss = squared_error(denoised.predicted, denoised.target).sum() / len(rows)
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()

@@ -67,26 +67,26 @@ class LossCurve:
         return sum(w * value for w, value in zip(weights, self.loss, strict=True)) / sum(weights)
 
 
-def loss_curve(family: Family, pictures: EncodedDataset, settings: LossSettings) -> LossCurve:
+def loss_curve(family: Family, dataset: EncodedDataset, settings: LossSettings) -> LossCurve:
     """Measure the family's denoiser as it stands, with whatever experts it carries in their present mode."""
-    sums = [_bin_losses(family, pictures, batches) for _, batches in evaluation_batches(family, pictures, settings)]
+    sums = [_bin_losses(family, dataset, batches) for _, batches in evaluation_batches(family, dataset, settings)]
     means = tuple(losses.mean().item() for losses in sums)
     errors = tuple((losses.std(correction=min(1, len(losses) - 1)) / len(losses) ** 0.5).item() for losses in sums)
     return LossCurve(settings.bins.intervals, means, errors)
 
 
 def evaluation_batches(
-    family: Family, pictures: EncodedDataset, settings: LossSettings
+    family: Family, dataset: EncodedDataset, settings: LossSettings
 ) -> Iterator[tuple[Interval, list[Batch]]]:
     """The samples of every bin; the same for every model, mode and batch size."""
     plan = BatchPlan(settings.seed, "evaluation", settings.bins, settings.num_pictures, caption_dropout=0.0)
     for interval in tqdm(settings.bins.intervals, desc="validation loss", unit="bin", leave=False):
-        batch = plan.draw(pictures, family, 0, only=interval)
+        batch = plan.draw(dataset, family, 0, only=interval)
         yield interval, batch.chunks(-(-len(batch) // settings.batch_size))
 
 
 @torch.no_grad()
-def _bin_losses(family: Family, pictures: EncodedDataset, batches: list[Batch]) -> Tensor:
+def _bin_losses(family: Family, dataset: EncodedDataset, batches: list[Batch]) -> Tensor:
     """The loss of every sample of a bin, ``(B,)`` on the CPU."""
-    denoised = (family.denoise(batch.samples(pictures, family)) for batch in batches)
+    denoised = (family.denoise(batch.samples(dataset, family)) for batch in batches)
     return torch.cat([squared_error(item.predicted, item.target).cpu() for item in denoised])

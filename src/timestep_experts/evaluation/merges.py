@@ -49,19 +49,19 @@ class MergeSplit:
     settings: LossSettings
 
     @classmethod
-    def on_halves(cls, family: Family, pictures: EncodedDataset, settings: LossSettings, seed: int) -> MergeSplit:
+    def on_halves(cls, family: Family, dataset: EncodedDataset, settings: LossSettings, seed: int) -> MergeSplit:
         """One half of the validation pictures, by caption, is for choosing, the other for confirming.
 
         Args:
             family: as above.
-            pictures: of validation.
+            dataset: the validation pictures.
             settings: as above.
             seed: of the halves.
 
         Raises:
             UserError: there are too few pictures.
         """
-        return cls(family, *halves_by_caption(pictures, seed), settings)
+        return cls(family, *halves_by_caption(dataset, seed), settings)
 
 
 class MergeBench:

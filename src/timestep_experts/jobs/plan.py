@@ -141,15 +141,15 @@ def estimate_peaks(
     with fake_networks(list(meta_model.networks.values())), warnings.catch_warnings():
         # A copy of a fake tensor asks for its address.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-        pictures = fake_pictures(family, _pixel_shape(recipe, family), as_tokens=trains_text)
-        return [(training, _step_peak(recipe, training, pictures)) for training in make(family)]
+        dataset = fake_pictures(family, _pixel_shape(recipe, family), as_tokens=trains_text)
+        return [(training, _step_peak(recipe, training, dataset)) for training in make(family)]
 
 
-def _step_peak(recipe: Recipe, training: Training, pictures: EncodedDataset) -> int:
+def _step_peak(recipe: Recipe, training: Training, dataset: EncodedDataset) -> int:
     settings = recipe.training
     return step_peak(
         training,
-        pictures,
+        dataset,
         settings.gradient_accumulation_steps,
         settings.mixed_precision,
         on_accelerator=planned_device(recipe) != "cpu",

@@ -33,12 +33,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def samples(self, pictures: EncodedDataset, family: Family) -> Samples:
+    def samples(self, dataset: EncodedDataset, family: Family) -> Samples:
         """These samples on the family's device; text encoders that carry experts encode here, at each sample's t."""
         device = family.device
         t = self.t.to(device)
-        conditioning = pictures.features_at(family, self.indices, t, self.dropped)
-        return Samples(pictures.latents[self.indices].to(device), self.noise.to(device), t, conditioning)
+        conditioning = dataset.features_at(family, self.indices, t, self.dropped)
+        return Samples(dataset.latents[self.indices].to(device), self.noise.to(device), t, conditioning)
 
     def chunks(self, count: int) -> list[Batch]:
         """Cut into micro-batches of (nearly) equal size."""
@@ -69,32 +69,32 @@ class BatchPlan:
         """Samples per step."""
         return len(self.strata) * self.samples_per_stratum
 
-    def draw(self, pictures: EncodedDataset, family: Family, step: int, *, only: Interval | None = None) -> Batch:
+    def draw(self, dataset: EncodedDataset, family: Family, step: int, *, only: Interval | None = None) -> Batch:
         """The samples of one step; a stratum's samples do not depend on the other strata.
 
         Args:
-            pictures: the training set.
+            dataset: the training set.
             family: its density truncated to each stratum gives t.
             step: from 0.
             only: leave out the strata outside of this interval.
         """
         parts = [
-            self._draw_stratum(stratum, pictures, family, step)
+            self._draw_stratum(stratum, dataset, family, step)
             for stratum in self.strata.intervals
             if only is None or only.covers(stratum)
         ]
         columns = zip(*((part.indices, part.t, part.noise, part.dropped) for part in parts), strict=True)
         return Batch(*(torch.cat(column) for column in columns))
 
-    def _draw_stratum(self, stratum: Interval, pictures: EncodedDataset, family: Family, step: int) -> Batch:
+    def _draw_stratum(self, stratum: Interval, dataset: EncodedDataset, family: Family, step: int) -> Batch:
         count = self.samples_per_stratum
         generator = generator_for(self.seed, self.stage, str(stratum), step)
         return Batch(
-            indices=self._indices(stratum, len(pictures), step),
+            indices=self._indices(stratum, len(dataset), step),
             t=draw_timesteps(
                 stratum, family.noise.density, count, generator, integer=family.noise.has_integer_timesteps
             ),
-            noise=torch.randn(count, *pictures.latents.shape[1:], generator=generator),
+            noise=torch.randn(count, *dataset.latents.shape[1:], generator=generator),
             dropped=torch.rand(count, generator=generator) < self.caption_dropout,
         )
 

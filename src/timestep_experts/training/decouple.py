@@ -103,11 +103,11 @@ class DecouplePlan:
     sampling: Sampling
     antithetic: bool
 
-    def draw(self, pictures: EncodedDataset, family: Family, step: int) -> Batch:
+    def draw(self, dataset: EncodedDataset, family: Family, step: int) -> Batch:
         """The samples of one step; with pairs, sample i + ceil(B / 2) mirrors sample i."""
         whole = Partition.uniform(1, self.strata.num_train_timesteps)
         plan = BatchPlan(self.seed, self.stage, whole, self.batch_size, self.caption_dropout)
-        return replace(plan.draw(pictures, family, step), t=self.draw_timesteps(family.noise, step))
+        return replace(plan.draw(dataset, family, step), t=self.draw_timesteps(family.noise, step))
 
     def draw_timesteps(self, noise: NoiseProcess, step: int) -> Tensor:
         """``(B,)``: from the own range with probability 1 - p, else from all of them (DeMe, 3.2)."""
@@ -146,11 +146,11 @@ class Decoupling:
     samples_per_mean: int
 
     def losses(
-        self, family: Family, pictures: EncodedDataset, chunk: Batch, precision: Precision
+        self, family: Family, dataset: EncodedDataset, chunk: Batch, precision: Precision
     ) -> tuple[Tensor, Tensor]:
         """Weighted denoising losses and distances to the teacher, ``(B,)`` each; the latter 0 without one."""
         with torch.autocast(family.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            samples = chunk.samples(pictures, family)
+            samples = chunk.samples(dataset, family)
             denoised = family.denoise(samples)
             taught = None
             if self.teacher is not None:
@@ -160,10 +160,10 @@ class Decoupling:
         return denoising, torch.zeros_like(denoising) if taught is None else squared_error(denoised.predicted, taught)
 
     def backward(
-        self, _step: int, /, family: Family, pictures: EncodedDataset, chunk: Batch, precision: Precision
+        self, _step: int, /, family: Family, dataset: EncodedDataset, chunk: Batch, precision: Precision
     ) -> Tensor:
         """See `Objective`."""
-        denoising, distance = self.losses(family, pictures, chunk, precision)
+        denoising, distance = self.losses(family, dataset, chunk, precision)
         losses = denoising + self.consistency * distance
         (losses.sum() / self.samples_per_mean).backward()  # type: ignore[no-untyped-call]
         return losses.detach()

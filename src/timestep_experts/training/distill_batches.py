@@ -90,13 +90,13 @@ class DistillPlan:
         """One: all timesteps."""
         return Partition.uniform(1, self.num_train_timesteps)
 
-    def draw(self, pictures: EncodedDataset, family: Family, step: int) -> DistillBatch:
+    def draw(self, dataset: EncodedDataset, family: Family, step: int) -> DistillBatch:
         """The samples of one step, a pure function of seed, stage and step."""
         plan = BatchPlan(self.seed, self.stage, self.strata, self.batch_size, self.caption_dropout)
-        plain = plan.draw(pictures, family, step)
+        plain = plan.draw(dataset, family, step)
         turns = (torch.arange(self.batch_size) + step * self.batch_size) % len(self.owned)
         places = torch.tensor(self.owned)[turns.sort().values]
-        shape = (self.batch_size, int(places.max()) + 1, *pictures.latents.shape[1:])
+        shape = (self.batch_size, int(places.max()) + 1, *dataset.latents.shape[1:])
         renoise = torch.randn(shape, generator=generator_for(self.seed, self.stage, "path", step))
         return DistillBatch(
             indices=plain.indices,

@@ -60,7 +60,7 @@ Observer = Callable[[int, RunLog], None]
 
 def run_stage(
     training: Training,
-    pictures: EncodedDataset,
+    dataset: EncodedDataset,
     settings: LoopSettings,
     folder: Path,
     fingerprint: Mapping[str, Any],
@@ -70,7 +70,7 @@ def run_stage(
 
     Args:
         training: the stage, what it changes, and the base.
-        pictures: the training set.
+        dataset: the training set.
         settings: see `LoopSettings`.
         folder: of the stage; receives ``checkpoint-N/``, ``log.jsonl``, ``tensorboard/`` and ``result.safetensors``.
         fingerprint: what the run is; a folder of a run with another fingerprint is refused.
@@ -90,7 +90,7 @@ def run_stage(
     optimiser = settings.optimiser.build(stage.param_groups)
     start = _start(training, optimiser, folder, fingerprint)
     watch = FiniteWatch(stage, folder, training.family.device)
-    stepper = _Stepper(training, pictures, optimiser, settings, watch)
+    stepper = _Stepper(training, dataset, optimiser, settings, watch)
     with RunLog(folder, start) as log, gradients_of(training):
         bar = tqdm(range(start, stage.num_steps), desc=stage.name, initial=start, total=stage.num_steps, unit="step")
         for step in bar:
@@ -121,12 +121,12 @@ class _Stepper:
     def __init__(
         self,
         training: Training,
-        pictures: EncodedDataset,
+        dataset: EncodedDataset,
         optimiser: torch.optim.Optimizer,
         settings: LoopSettings,
         watch: FiniteWatch,
     ) -> None:
-        self.stage, self.family, self.pictures = training.stage, training.family, pictures
+        self.stage, self.family, self.dataset = training.stage, training.family, dataset
         self.optimiser, self.settings, self.watch = optimiser, settings, watch
         schedule = settings.optimiser
         self.factors = [
@@ -138,7 +138,7 @@ class _Stepper:
 
     def step(self, step: int) -> None:
         """Draw the batch of a step, run it, share out the gradients among the experts, and update them."""
-        batch = self.stage.plan.draw(self.pictures, self.family, step)
+        batch = self.stage.plan.draw(self.dataset, self.family, step)
         self.stage.set_mode()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator_for(self.stage.plan.seed, self.stage.name, "dropout", step).initial_seed())
@@ -163,7 +163,7 @@ class _Stepper:
 
     def _backward(self, step: int, chunk: Batch) -> None:
         precision = self.settings.mixed_precision
-        losses = self.stage.objective.backward(step, self.family, self.pictures, chunk, precision)
+        losses = self.stage.objective.backward(step, self.family, self.dataset, chunk, precision)
         strata = self.stage.plan.strata.index_of(chunk.t.to(losses.device))
         self.watch.note_losses(step, strata, losses)
         self.loss_sums.index_add_(0, strata, losses)

@@ -75,11 +75,11 @@ class Distilling:
     _noted: dict[str, list[Tensor]] = field(default_factory=dict, init=False)
 
     def backward(
-        self, step: int, /, family: Family, pictures: EncodedDataset, chunk: Batch, precision: Precision
+        self, step: int, /, family: Family, dataset: EncodedDataset, chunk: Batch, precision: Precision
     ) -> Tensor:
         """See `Objective`; the losses are those of the fake score."""
         assert isinstance(chunk, DistillBatch)
-        moment = _Moment(self, family, pictures, chunk, precision)
+        moment = _Moment(self, family, dataset, chunk, precision)
         is_turn = (step + 1) % self.generator_interval == 0
         with torch.set_grad_enabled(is_turn):
             clean = moment.generate()
@@ -122,17 +122,17 @@ class _Moment:
     """One micro-batch on the device, and what the networks say to it."""
 
     def __init__(
-        self, owner: Distilling, family: Family, pictures: EncodedDataset, chunk: DistillBatch, precision: Precision
+        self, owner: Distilling, family: Family, dataset: EncodedDataset, chunk: DistillBatch, precision: Precision
     ) -> None:
-        self.owner, self.family, self.pictures, self.chunk = owner, family, pictures, chunk
+        self.owner, self.family, self.dataset, self.chunk = owner, family, dataset, chunk
         self.device, self.precision = family.device, precision
-        self.latents = pictures.latents[chunk.indices].to(self.device)
+        self.latents = dataset.latents[chunk.indices].to(self.device)
         self.conditioning = self._conditioning(torch.arange(len(chunk)))
 
     def _conditioning(self, places: Tensor, *, without_caption: bool = False) -> Conditioning:
         dropped = self.chunk.dropped[places]
         wanted = torch.ones_like(dropped) if without_caption else dropped
-        return self.pictures.conditioning(self.chunk.indices[places], self.device, wanted)
+        return self.dataset.conditioning(self.chunk.indices[places], self.device, wanted)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")

@@ -126,7 +126,7 @@ def fake_pictures(family: Family, pixel_shape: Sequence[int], *, as_tokens: bool
 
 def step_peak(
     training: Training,
-    pictures: EncodedDataset,
+    dataset: EncodedDataset,
     accumulation_steps: int,
     precision: Precision,
     *,
@@ -139,7 +139,7 @@ def step_peak(
 
     Args:
         training: of fake networks.
-        pictures: see `fake_pictures`.
+        dataset: see `fake_pictures`.
         accumulation_steps: into how many micro-batches a batch is cut; from the second one on, all gradients are there.
         precision: see `LoopSettings`.
         on_accelerator: autocast as on a GPU.
@@ -147,15 +147,15 @@ def step_peak(
     stage, family = training.stage, training.family
     parameters = stage.parameters()
     gradients = 4 * sum(parameter.numel() for parameter in parameters)
-    chunk = _fake_batch(-(-stage.plan.batch_size // accumulation_steps), pictures, family)
-    held = [*_tensors_of(family), *parameters, pictures.latents, *pictures.features.values()]
+    chunk = _fake_batch(-(-stage.plan.batch_size // accumulation_steps), dataset, family)
+    held = [*_tensors_of(family), *parameters, dataset.latents, *dataset.features.values()]
     meter = PeakMeter(held)
     stage.set_mode()
     with gradients_of(training), autocast_of_accelerators() if on_accelerator else nullcontext():
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter) if accumulation_steps > 1 else None
         with meter:
-            stage.objective.backward(0, family, pictures, chunk, precision)
+            stage.objective.backward(0, family, dataset, chunk, precision)
         for parameter in parameters:
             parameter.grad = None
     return max(gradients, meter.peak + (gradients if accumulation_steps > 1 else 0))
@@ -167,7 +167,7 @@ def _tensors_of(family: Family) -> list[Tensor]:
     return [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
 
 
-def _fake_batch(size: int, pictures: EncodedDataset, family: Family) -> Batch:
+def _fake_batch(size: int, dataset: EncodedDataset, family: Family) -> Batch:
     rows = torch.zeros(size, dtype=torch.long)
     t = rows if family.noise.has_integer_timesteps else rows.float()
-    return Batch(rows, t, torch.zeros(size, *pictures.latents.shape[1:]), rows.bool())
+    return Batch(rows, t, torch.zeros(size, *dataset.latents.shape[1:]), rows.bool())

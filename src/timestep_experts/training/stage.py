@@ -59,7 +59,7 @@ class Plan(Protocol):
         """Probability of the empty caption."""
         ...
 
-    def draw(self, pictures: EncodedDataset, family: Family, step: int) -> Batch:
+    def draw(self, dataset: EncodedDataset, family: Family, step: int) -> Batch:
         """The samples of a step, from 0."""
         ...
 
@@ -68,7 +68,7 @@ class Objective(Protocol):
     """A loss and its gradients."""
 
     def backward(
-        self, step: int, /, family: Family, pictures: EncodedDataset, chunk: Batch, precision: Precision
+        self, step: int, /, family: Family, dataset: EncodedDataset, chunk: Batch, precision: Precision
     ) -> Tensor:
         """Add the gradients of a part of a step's batch to those that are there.
 
@@ -90,11 +90,11 @@ class Denoising:
     samples_per_mean: int
 
     def backward(
-        self, _step: int, /, family: Family, pictures: EncodedDataset, chunk: Batch, precision: Precision
+        self, _step: int, /, family: Family, dataset: EncodedDataset, chunk: Batch, precision: Precision
     ) -> Tensor:
         """See `Objective`."""
         with torch.autocast(family.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            denoised = family.denoise(chunk.samples(pictures, family))
+            denoised = family.denoise(chunk.samples(dataset, family))
         losses = squared_error(denoised.predicted, denoised.target)
         (losses.sum() / self.samples_per_mean).backward()  # type: ignore[no-untyped-call]
         return losses.detach()

@@ -37,5 +37,5 @@ class MeasuredBase:
         Raises:
             UserError: there are too few pictures.
         """
-        pictures = self.load_pictures(family, as_tokens)
-        return MergeSplit.on_halves(family, pictures, self.loss_settings(partition), seed)
+        dataset = self.load_pictures(family, as_tokens)
+        return MergeSplit.on_halves(family, dataset, self.loss_settings(partition), seed)
