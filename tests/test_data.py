@@ -624,3 +624,52 @@ def test_a_failure_while_encoding_leaves_no_cache(folder: Path, family: StableDi
         encode(folder, Failing(family.parts))
     assert not list((folder.parent / "cache").glob("*"))
     assert len(encode(folder, family)) == 4
+
+
+def save_picture(path, caption):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (len(caption), 0, 0)).save(path)
+    path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+
+
+def test_linked_folders_are_read_and_loops_are_listed(tmp_path):
+    save_picture(tmp_path / "set/a/1.png", "one")
+    save_picture(tmp_path / "elsewhere/2.png", "two")
+    (tmp_path / "set/link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "set", target_is_directory=True)
+    found = open_dataset(str(tmp_path / "set"), max_samples=None, seed=0)
+    assert [example.caption for example in found.examples] == ["one", "two"]
+    assert [item.reason for item in found.skipped] == ["a link back to a folder above it"]
+
+
+def test_unreadable_kinds_with_captions_are_listed(tmp_path):
+    save_picture(tmp_path / "1.png", "one")
+    (tmp_path / "2.heic").write_bytes(b"?")
+    (tmp_path / "2.txt").write_text("two")
+    found = open_dataset(str(tmp_path), max_samples=None, seed=0)
+    assert [(Path(item.place).name, item.reason) for item in found.skipped] == [
+        ("2.heic", "files of type .heic cannot be read")
+    ]
+
+
+def test_json_lines_may_hold_separators_and_csv_fields_may_be_long(tmp_path):
+    for name in ("lines", "table"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    row = '{"file_name": "1.png", "text": "a\u2028b\u0085c"}\n'
+    (tmp_path / "lines/metadata.jsonl").write_text(row, encoding="utf-8")
+    (tmp_path / "table/metadata.csv").write_text(f"file_name,text\n1.png,{'x' * 200_000}\n")
+    captions = [
+        open_dataset(str(tmp_path / n), max_samples=None, seed=0).examples[0].caption for n in ("lines", "table")
+    ]
+    assert captions == ["a b c", "x" * 200_000]
+
+
+def test_one_caption_for_all_pictures_is_split_by_picture(tmp_path):
+    for i in range(40):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("sks dog")
+    train, validation = split_by_caption(open_dataset(str(tmp_path), max_samples=None, seed=0), 0.2, seed=0)
+    assert len(train.examples) + len(validation.examples) == 40
+    assert validation.examples
+    assert {e.place for e in train.examples}.isdisjoint(e.place for e in validation.examples)

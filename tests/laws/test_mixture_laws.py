@@ -33,6 +33,7 @@ from timestep_experts.intervals import Partition
 from timestep_experts.mixture import MODES, Mixture, MixtureLayer, MixtureSpec, Scale, asymmetric, match_targets
 from timestep_experts.mixture.fast import FastKernels, Tricks
 from timestep_experts.mixture.fast.products import MAX_TERMS
+from timestep_experts.mixture.plain import mean_pool
 
 pytestmark = pytest.mark.usefixtures("either_kernels")
 
@@ -868,6 +869,58 @@ def test_router_parameters_are_the_maps_and_the_tables(unet):
 
 
 # The fast arithmetic
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "channels_first"), [((2, 6), False), ((2, 5, 6), False), ((2, 3, 4, 6), False), ((2, 6, 3, 4), True)]
+)
+def test_inputs_are_averaged_over_positions_in_fp32(shape, channels_first, dtype):
+    x = normal(*shape).to(dtype)
+    middle = tuple(range(2, len(shape))) if channels_first else tuple(range(1, len(shape) - 1))
+    averaged = mean_pool(x, channels_first)
+    assert averaged.dtype == torch.float32
+    assert averaged.shape == (2, 6)
+    assert max_error(averaged, x.float().mean(middle) if middle else x.float()) <= 1e-6
+
+
+def test_an_input_is_averaged_as_it_is_now(unet):
+    """A prompt is overwritten behind PyTorch's back, as other libraries and shared memory do."""
+    equipped(unet)
+    latents, text = unet_inputs(2)
+    with torch.no_grad():
+        unet(latents, 640, text)
+        text.data.copy_(normal(*text.shape) + 3)
+        again = unet(latents, 640, text).sample
+        assert torch.equal(again, unet(latents, 640, text.clone()).sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_convolutions_are_as_exact_as_two_convolutions(dtype):
+    """A layer of experts beside the same two convolutions in half precision, both against double precision."""
+    x = normal(2, 64, 16, 16)
+    base = torch.nn.Conv2d(64, 64, 3, padding=1, bias=False)
+    torch.nn.init.zeros_(base.weight)  # what is left is the experts' part alone
+    net = torch.nn.ModuleDict({"conv": base})
+    mixture = randomise(Mixture.attach(net, MixtureSpec(scales(1)), ["conv"]))
+    mixture.mode = "switch"
+    layer = net.conv
+    stack = layer.experts["n1"]
+    down, up = stack.A[0].reshape(-1, 64, 3, 3), stack.B[0][..., None, None]
+    scaling = mixture.spec.scales[0].scaling
+
+    def two_convolutions(kind):
+        hidden = torch.nn.functional.conv2d(x.to(dtype).to(kind), down.to(dtype).to(kind), padding=1)
+        return scaling * torch.nn.functional.conv2d(hidden, up.to(dtype).to(kind))
+
+    with torch.no_grad():
+        exact, rival = two_convolutions(torch.double), two_convolutions(dtype)
+        base.to(dtype)
+        layer.move_experts(dtype=dtype)
+        with mixture.at(torch.tensor([500.0])):
+            ours = layer(x.to(dtype))
+    error, limit = ((y.double() - exact).abs().mean() for y in (ours, rival))
+    assert error <= 1.1 * limit
 
 
 @pytest.mark.parametrize("trick", [item.name for item in fields(Tricks)])

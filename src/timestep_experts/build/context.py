@@ -35,7 +35,7 @@ class RunContext:
     Args:
         family: the loaded base, without experts.
         train: the training pictures.
-        validation: pictures whose captions no training picture has.
+        validation: pictures set aside, none of which is trained on.
         references: validation pictures as they are, for Frechet distances.
         decoding: how pictures or clips are decoded, none mirrored.
         prompts: the prompts that pictures are generated for.
@@ -177,10 +177,19 @@ def build_prompts(recipe: Recipe, validation: Dataset) -> tuple[str, ...]:
     if isinstance(wanted, Path):
         if not wanted.is_file():
             raise UserError(f"recipe.evaluation.prompts: no file {wanted}")
-        wanted = tuple(line.strip() for line in wanted.read_text(encoding="utf-8").splitlines() if line.strip())
+        wanted = _read_prompts(wanted)
     if wanted is None:
         wanted = tuple(dict.fromkeys(example.caption for example in validation.examples))
     return wanted[: recipe.evaluation.num_prompts]
+
+
+def _read_prompts(path: Path) -> tuple[str, ...]:
+    """One prompt per line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe.evaluation.prompts: {path} is not UTF-8 text: {error}") from error
+    return tuple(line.strip() for line in text.split("\n") if line.strip())
 
 
 def _is_judged(recipe: Recipe, prompts: tuple[str, ...]) -> bool:

@@ -292,6 +292,13 @@ def _context(recipe: Recipe) -> RunContext:
     )
     for item in skipped:
         console.print(f"  skipped {escaped(item.place)}: {escaped(item.reason)}", highlight=False)
+    for kind, dataset in (("training", context.train), ("validation", context.validation)):
+        for cut in dataset.cut:
+            console.print(
+                f"  {cut.count:,} of {len(dataset.captions):,} different {kind} captions are cut: {cut.tokenizer} reads"
+                f" {cut.limit} tokens, the longest caption has {cut.longest}",
+                highlight=False,
+            )
     return context
 
 

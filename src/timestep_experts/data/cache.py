@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -22,8 +22,9 @@ from timestep_experts.data.sources import Dataset, Example, Skipped, list_skippe
 from timestep_experts.errors import UserError
 from timestep_experts.formats.atomic import write_json, write_tensors
 from timestep_experts.models import Family
+from timestep_experts.models.encoding import CutCaptions
 
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 _BATCH = 64
 
 
@@ -78,6 +79,7 @@ class EncodedDataset:
         captions: M different captions.
         is_tokenised: ``features`` holds token ids, for text encoders that carry experts; `Family.features_at` encodes.
         skipped: what was left out, and why.
+        cut: captions that are longer than text encoders read.
         key: hash of contents and settings; empty for data made by hand.
     """
 
@@ -86,6 +88,7 @@ class EncodedDataset:
     features: dict[str, Tensor]
     captions: tuple[str, ...]
     skipped: tuple[Skipped, ...]
+    cut: tuple[CutCaptions, ...] = ()
     key: str = ""
     is_tokenised: bool = False
 
@@ -136,6 +139,7 @@ def encode_dataset(
         features=features,
         captions=tuple(report["captions"]),
         skipped=(*dataset.skipped, *(Skipped(dataset.examples[i].place, why) for i, why in report["skipped"])),
+        cut=tuple(CutCaptions(**found) for found in report["cut"]),
         key=key,
         is_tokenised=as_tokens,
     )
@@ -235,7 +239,8 @@ def _build(
             **{f"text.{name}": value for name, value in features.items()},
         },
     )
-    write_json(report_path, {"captions": captions, "skipped": skipped})
+    cut = [asdict(found) for found in family.cut_captions(captions)]
+    write_json(report_path, {"captions": captions, "skipped": skipped, "cut": cut})
 
 
 def _require_finite(values: Tensor, places: Sequence[str], what: str, family: Family) -> None:

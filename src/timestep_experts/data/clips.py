@@ -19,6 +19,7 @@ from timestep_experts.data.sources import (
     Example,
     Skipped,
     check_row,
+    find_files,
     list_skipped,
     pair_with_text,
     read_table,
@@ -26,7 +27,7 @@ from timestep_experts.data.sources import (
 from timestep_experts.errors import UserError
 from timestep_experts.formats.video import require_av
 
-CLIP_SUFFIXES = frozenset({".mp4", ".webm", ".gif", ".mov", ".mkv"})
+CLIP_SUFFIXES = frozenset({".mp4", ".m4v", ".webm", ".gif", ".mov", ".mkv", ".avi", ".ts"})
 NAME_COLUMNS = ("video", "file_name")
 
 _LEAST_SHARE = 0.9  # of the length that a file promises; headers round
@@ -75,7 +76,7 @@ class ClipSettings:
 
 
 def open_clips(path: str, *, max_samples: int | None = None) -> Dataset:
-    """Find captioned clips: ``.mp4``, ``.webm``, ``.gif``, ``.mov``, ``.mkv``.
+    """Find captioned clips: files with one of `CLIP_SUFFIXES`.
 
     Args:
         path: a folder with a same-stem ``.txt`` beside each clip, or with one table (a ``.csv`` or ``metadata.jsonl``),
@@ -94,8 +95,8 @@ def open_clips(path: str, *, max_samples: int | None = None) -> Dataset:
     if len(tables) > 1:
         names = ", ".join(table.name for table in tables)
         raise UserError(f"{path!r} holds {len(tables)} tables: {names}; name the one to use")
-    clips = [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in CLIP_SUFFIXES]
-    found = list(_listed(folder, tables[0], clips) if tables else map(pair_with_text, clips))
+    clips, unusable = find_files(folder, CLIP_SUFFIXES)
+    found = [*unusable, *(_listed(folder, tables[0], clips) if tables else map(pair_with_text, clips))]
     examples = tuple(item for item in found if isinstance(item, Example))[:max_samples]
     skipped = tuple(item for item in found if isinstance(item, Skipped))
     if not examples:

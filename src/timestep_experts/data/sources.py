@@ -9,21 +9,28 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from timestep_experts.errors import UserError
 from timestep_experts.world.render import DOMAINS, render
 from timestep_experts.world.scenes import draw_scenes
 
-PICTURE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+PICTURE_SUFFIXES = frozenset({
+    ".png", ".jpg", ".jpeg", ".jfif", ".jp2", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff",
+})  # fmt: skip
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 WORLD_PREFIX = "world/"
+
+_COMPANIONS = frozenset({".txt", ".caption", ".json", ".jsonl", ".csv", ".yaml", ".toml", ".npz", ".safetensors"})
+"""What trainers put beside a picture: no picture itself."""
+_LONGEST_FIELD = 2**31 - 1  # of a table; the csv module allows 128 KiB unless it is told otherwise
 
 
 @dataclass(frozen=True)
@@ -50,8 +57,10 @@ class Example:
             picture: Image.Image = Image.open(io.BytesIO(self.read()))
             picture.load()
             picture = ImageOps.exif_transpose(picture)
-        except (UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise OSError(f"not a readable picture: {error}") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # a decoder may raise anything on a damaged file: TypeError, struct.error, ...
+            raise OSError(f"not a readable picture: {error or type(error).__name__}") from error
         if picture.mode.startswith("I;16"):  # which convert() would clip, not scale
             picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
@@ -105,21 +114,37 @@ def open_dataset(path: str, *, max_samples: int | None, seed: int, held_out: boo
 def split_by_caption(dataset: Dataset, held_out_share: float, seed: int) -> tuple[Dataset, Dataset]:
     """Set aside a share of the captions, with all their pictures: (training, validation).
 
-    A caption's side depends on its text and the seed alone, so adding pictures moves none.
+    A caption's side depends on its text and the seed alone, so adding pictures moves none. Where that leaves one side
+    empty, as where all pictures have one trigger word for a caption, a share of the pictures is set aside instead, by
+    their contents.
 
     Raises:
-        UserError: one of the sides would be empty.
+        UserError: one of the sides would be empty either way.
     """
-    sides: tuple[list[Example], list[Example]] = ([], [])
-    for example in dataset.examples:
-        digest = hashlib.sha256(f"{seed}:{example.caption}".encode()).digest()
-        sides[int.from_bytes(digest[:4], "big") < held_out_share * 2**32].append(example)
-    if not all(sides):
-        raise UserError(
-            f"setting aside {held_out_share:.0%} of the captions of {len(dataset.examples)} pictures leaves no"
-            f" {'training' if not sides[0] else 'validation'} picture; name a validation set of its own"
-        )
-    return Dataset(tuple(sides[0]), dataset.skipped), Dataset(tuple(sides[1]), ())
+    count = len(dataset.examples)
+    for label_of in (_caption_of, _content_of):
+        sides: tuple[list[Example], list[Example]] = ([], [])
+        for example in dataset.examples:
+            digest = hashlib.sha256(f"{seed}:".encode() + label_of(example)).digest()
+            sides[int.from_bytes(digest[:4], "big") < held_out_share * 2**32].append(example)
+        if all(sides):
+            return Dataset(tuple(sides[0]), dataset.skipped), Dataset(tuple(sides[1]), ())
+    raise UserError(
+        f"setting aside {held_out_share:.0%} of {count} pictures, by their captions or one by one, leaves no"
+        f" {'training' if not sides[0] else 'validation'} picture; set recipe.data.validation_share to another share,"
+        " or recipe.data.validation_path to a validation set of its own"
+    )
+
+
+def _caption_of(example: Example) -> bytes:
+    return example.caption.encode()
+
+
+def _content_of(example: Example) -> bytes:
+    try:
+        return hashlib.sha256(example.read()).digest()
+    except OSError:  # it is skipped when it is decoded
+        return example.place.encode()
 
 
 def list_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:
@@ -131,8 +156,48 @@ def list_skipped(skipped: Sequence[Skipped], limit: int = 10) -> str:
     return f"; skipped {len(skipped)}:" + "".join(lines) + (f"\n  ... and {rest} more" if rest > 0 else "")
 
 
+def find_files(folder: Path, suffixes: Collection[str]) -> tuple[list[Path], list[Skipped]]:
+    """All files with these suffixes below a folder, linked folders included, in the order of their paths.
+
+    Args:
+        folder: where to look.
+        suffixes: in lower case, with their dots.
+
+    Returns:
+        The files; and what looks like an example but cannot be used: a file of another kind with a caption beside it,
+        a link back to a folder above itself, and a folder that cannot be read.
+    """
+    found: list[Path] = []
+    skipped: list[Skipped] = []
+
+    def note(error: OSError) -> None:
+        skipped.append(Skipped(str(error.filename), f"cannot be read: {error.strerror}"))
+
+    for place, folders, names in os.walk(folder, onerror=note, followlinks=True):
+        for name in [name for name in folders if (Path(place) / name).is_symlink()]:
+            if _leads_back(Path(place) / name, folder):
+                folders.remove(name)
+                skipped.append(Skipped(str(Path(place) / name), "a link back to a folder above it"))
+        stems = {name[: -len(".txt")] for name in names if name.endswith(".txt")}
+        for path in (Path(place) / name for name in names):
+            suffix = path.suffix.lower()
+            if suffix in suffixes:
+                found.append(path)
+            elif suffix not in _COMPANIONS and path.stem in stems:
+                skipped.append(Skipped(str(path), f"files of type {suffix or 'unknown'} cannot be read"))
+    return sorted(found), sorted(skipped, key=lambda item: item.place)
+
+
+def _leads_back(link: Path, top: Path) -> bool:
+    """Whether a linked folder below ``top`` holds one of the folders through which it was reached."""
+    target = link.resolve()
+    reached = [place for place in link.parents if place == top or top in place.parents]
+    return any(place.resolve().is_relative_to(target) for place in reached)
+
+
 def _folder(folder: Path) -> Iterator[Example | Skipped]:
-    pictures = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_SUFFIXES]
+    pictures, skipped = find_files(folder, PICTURE_SUFFIXES)
+    yield from skipped
     table = next((folder / name for name in ("metadata.jsonl", "metadata.csv") if (folder / name).is_file()), None)
     if table is None:
         yield from map(pair_with_text, pictures)
@@ -148,14 +213,34 @@ def _folder(folder: Path) -> Iterator[Example | Skipped]:
 
 def read_table(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
     """Each row of a ``.csv`` or ``.jsonl`` with its place; a row that cannot be read is the reason why."""
-    lines = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     if path.suffix == ".csv":
-        for number, fields in enumerate(csv.DictReader(io.StringIO(lines, newline="")), 2):
-            yield f"{path}:{number}", fields if _is_utf8("".join(map(str, fields.values()))) else "not UTF-8 text"
+        for number, fields in enumerate(_csv_rows(text), 2):
+            yield f"{path}:{number}", fields
         return
-    for number, line in enumerate(lines.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # JSON may hold what splitlines() takes for an end of line
         if line.strip():
             yield f"{path}:{number}", _parse_row(line)
+
+
+def _csv_rows(text: str) -> Iterator[Mapping[str, Any] | str]:
+    """The rows of a ``.csv``, with fields of any length."""
+    before = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        rows: list[Mapping[str, Any] | str] = []
+        while True:
+            try:
+                fields = next(reader)
+            except StopIteration:
+                break
+            except csv.Error as error:
+                rows.append(f"not CSV: {error}")
+            else:
+                rows.append(fields if _is_utf8("".join(map(str, fields.values()))) else "not UTF-8 text")
+    finally:
+        csv.field_size_limit(before)
+    yield from rows
 
 
 def _parse_row(line: str) -> Mapping[str, Any] | str:

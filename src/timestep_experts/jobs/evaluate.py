@@ -129,10 +129,10 @@ def _measure_attached(
     curve = loss_curve(family, context.validation, settings)
     sampling = row.sampling(context.decoding)
     pictures = sample(family.pipeline(), context.prompts, sampling, progress=f"{row.variant}, {row.mode}")
+    real = as_pictures(_references(context)) if len(pictures) > 1 else pictures
     frechet = None
-    if len(pictures) > 1:
-        real = judge_features(as_pictures(_references(context)))
-        frechet = frechet_distance(judge_features(as_pictures(pictures)), real)
+    if len(real) > 1:
+        frechet = frechet_distance(judge_features(as_pictures(pictures)), judge_features(real))
     costs = row.costs(family, mixture)
     result = Result(
         variant=row.variant,
@@ -191,7 +191,9 @@ def _notes(recipe: Recipe, context: RunContext) -> list[str]:
         f" pictures from the same {len(context.prompts)} prompts and seeds"
         f" ({evaluation.scheduler or 'its own scheduler'},"
         f" {evaluation.num_inference_steps} steps, guidance {evaluation.guidance_scale:g}).",
-        "Validation captions occur in no training picture.",
+        "Validation captions occur in no training picture."
+        if set(context.train.captions).isdisjoint(context.validation.captions)
+        else "Validation pictures are not trained on, but training pictures have some of their captions.",
         "Parameters and samples are those of what the mode uses: switching counts neither routers nor contexts"
         " of base gate 0.",
     ]

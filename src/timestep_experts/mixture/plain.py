@@ -60,14 +60,14 @@ class PlainKernels:
 
 
 def mean_pool(x: Tensor, is_convolution: bool) -> Tensor:
-    """Average a layer's input over all axes but the first and the features'; ``(B, k)`` fp32, always a new tensor.
+    """Average a layer's input over all axes but the first and the features'; ``(B, k)`` fp32.
 
     Args:
         x: ``(B, ..., k)``, or ``(B, k, *space)`` of a convolution.
         is_convolution: whether features come second.
     """
     positions = tuple(range(2, x.dim()) if is_convolution else range(1, x.dim() - 1))
-    return x.mean(positions, dtype=torch.float32) if positions else x.to(torch.float32, copy=True)
+    return x.mean(positions, dtype=torch.float32) if positions else x.float()
 
 
 def convolve(x: Tensor, down: Tensor, geometry: LayerGeometry, groups: int = 1) -> Tensor:

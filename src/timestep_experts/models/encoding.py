@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,6 +36,39 @@ def token_ids(tokenizer: Any, captions: Sequence[str], max_length: int | None = 
         truncation=True,
         return_tensors="pt",
     )
+
+
+@dataclass(frozen=True)
+class CutCaptions:
+    """Captions of which a text encoder reads the beginning alone.
+
+    Args:
+        tokenizer: its name in the pipeline.
+        limit: tokens that are read, the marks of beginning and end among them.
+        count: captions that are longer.
+        longest: tokens of the longest.
+    """
+
+    tokenizer: str
+    limit: int
+    count: int
+    longest: int
+
+
+def find_cut_captions(tokenizers: Mapping[str, tuple[Any, int]], captions: Sequence[str]) -> list[CutCaptions]:
+    """What each tokenizer cuts off.
+
+    Args:
+        tokenizers: by name, with the number of tokens that are read.
+        captions: at least one.
+    """
+    found = []
+    for name, (tokenizer, limit) in tokenizers.items():
+        ids = tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
+        lengths = [len(row) for row in ids]
+        count = sum(length > limit for length in lengths)
+        found += [CutCaptions(name, limit, count, max(lengths))] if count else []
+    return found
 
 
 def cast(features: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:

@@ -18,7 +18,13 @@ from typing_extensions import Self
 from timestep_experts.errors import UserError
 from timestep_experts.intervals import Interval
 from timestep_experts.mixture import bound_to
-from timestep_experts.models.encoding import cast, encode_posterior_mean, plain_tensors
+from timestep_experts.models.encoding import (
+    CutCaptions,
+    cast,
+    encode_posterior_mean,
+    find_cut_captions,
+    plain_tensors,
+)
 from timestep_experts.models.files import check_folder, check_single_file, check_weights
 from timestep_experts.models.noise import NoiseProcess
 from timestep_experts.models.quantization import Quantization, quantised_names, quantization_config
@@ -272,6 +278,15 @@ class Family(ABC):
             config = getattr(self.parts, self.autoencoder_name).config
             digest.update(repr([config.get(fact) for fact in _LATENT_FACTS]).encode())
         return digest.hexdigest()
+
+    def cut_captions(self, captions: Sequence[str]) -> list[CutCaptions]:
+        """Which tokenizers cut captions off, how many, and how long the longest is."""
+        tokenizers = {name: getattr(self.parts, name) for name in self.tokenizer_names}
+        limits = {name: (t, t.model_max_length) for name, t in tokenizers.items() if t is not None}
+        long_one = self.tokenizer_names[-1] if self.max_sequence_length is not None else None
+        if long_one in limits and self.max_sequence_length is not None:  # a T5 comes last
+            limits[long_one] = (tokenizers[long_one], self.max_sequence_length)
+        return find_cut_captions(limits, captions)
 
     @torch.no_grad()
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:

@@ -9,14 +9,12 @@ Shapes: B rows of a batch, N positions, k input and d output features, r rank, R
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from timestep_experts.mixture.experts import ExpertStack
-from timestep_experts.mixture.fast.down_project import down_project_and_pool
-from timestep_experts.mixture.fast.pooled import PooledInputs
 from timestep_experts.mixture.fast.products import MAX_TERMS, add_planes, add_rows, project_planes, project_rows
 from timestep_experts.mixture.geometry import LayerGeometry
 from timestep_experts.mixture.kernels import Experts, Strength
@@ -33,20 +31,14 @@ class Tricks:
         shared_experts: where all rows use one expert, it is gathered once and not once per row.
         joined_scales: all scales are one product along the joined rank, so the input is read once and the output
             written once.
-        joint_gradient: the gradients of A x and of the average reach x by one product (`DownProjectAndPool`).
-        pooled_once: an input that several layers read is averaged once (`PooledInputs`).
         overwrite: without gradients, the base layer's own output is added to in place.
-        conv_by_fold: a convolution with few output channels is a product and a sum (`_conv_by_fold`).
         terms: while compiling, products of small rank are written term by term, so that they fuse with their
             surroundings.
     """
 
     shared_experts: bool = True
     joined_scales: bool = True
-    joint_gradient: bool = True
-    pooled_once: bool = True
     overwrite: bool = True
-    conv_by_fold: bool = True
     terms: bool = True
 
 
@@ -56,11 +48,9 @@ class FastKernels:
 
     Args:
         tricks: what is done beyond the plain arithmetic.
-        pooled: the averages of inputs that are still alive.
     """
 
     tricks: Tricks = Tricks()
-    pooled: PooledInputs = field(default_factory=PooledInputs)
 
     def gather(
         self, stacks: Sequence[ExpertStack], expert_index: Sequence[Tensor], num_rows: int, groups: int
@@ -87,34 +77,10 @@ class FastKernels:
     def read(
         self, x: Tensor, router_input: Tensor | None, experts: Experts, geometry: LayerGeometry
     ) -> tuple[Sequence[Tensor], Tensor | None]:
-        """Compute A x of all scales, and the average of the router's input with it."""
-        downs = [down.to(x.dtype) for down in experts.downs]
-        if (
-            len(downs) == 1
-            and (router_input is None or router_input is x)
-            and self._reads_jointly(x, downs[0], geometry)
-        ):
-            average = None
-            if router_input is not None:
-                with torch.no_grad():
-                    average = self._pool(x, geometry)
-            hidden, pooled = down_project_and_pool(x, downs[0], average, geometry.is_convolution)
-            return [hidden], pooled
+        """Compute A x of all scales, and the average of the router's input."""
         project = project_planes if geometry.is_convolution else project_rows
-        hiddens = [
-            project(x, down, geometry, max_terms=self._max_terms, by_fold=self.tricks.conv_by_fold) for down in downs
-        ]
-        return hiddens, None if router_input is None else self._pool(router_input, geometry)
-
-    def _reads_jointly(self, x: Tensor, down: Tensor, geometry: LayerGeometry) -> bool:
-        is_product = not geometry.is_convolution or geometry.is_pointwise
-        is_eager_training = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return self.tricks.joint_gradient and is_product and len(down) == len(x) and is_eager_training
-
-    def _pool(self, x: Tensor, geometry: LayerGeometry) -> Tensor:
-        if self.tricks.pooled_once:
-            return self.pooled.of(x, is_convolution=geometry.is_convolution)
-        return mean_pool(x, geometry.is_convolution)
+        hidden = [project(x, down.to(x.dtype), geometry, self._max_terms) for down in experts.downs]
+        return hidden, None if router_input is None else mean_pool(router_input, geometry.is_convolution)
 
     @property
     def _max_terms(self) -> int:
