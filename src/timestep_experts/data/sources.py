@@ -130,8 +130,8 @@ def split_by_caption(dataset: Dataset, held_out_share: float, seed: int) -> tupl
         if all(sides):
             return Dataset(tuple(sides[0]), dataset.skipped), Dataset(tuple(sides[1]), ())
     raise UserError(
-        f"setting aside {held_out_share:.0%} of {count} pictures, by their captions or one by one, leaves no"
-        f" {'training' if not sides[0] else 'validation'} picture; set recipe.data.validation_share to another share,"
+        f"setting aside {held_out_share:.0%} of {count} pictures leaves no"
+        f" {'training' if not sides[0] else 'validation'} picture, by their captions or one by one; set recipe.data.validation_share to another share,"
         " or recipe.data.validation_path to a validation set of its own"
     )
 
@@ -179,11 +179,11 @@ def find_files(folder: Path, suffixes: Collection[str]) -> tuple[list[Path], lis
                 folders.remove(name)
                 skipped.append(Skipped(str(Path(place) / name), "a link back to a folder above it"))
         stems = {name[: -len(".txt")] for name in names if name.endswith(".txt")}
-        for path in (Path(place) / name for name in names):
+        for path in (Path(place) / name for name in (*folders, *names)):  # a folder may be called like a picture
             suffix = path.suffix.lower()
             if suffix in suffixes:
                 found.append(path)
-            elif suffix not in _COMPANIONS and path.stem in stems:
+            elif path.name in names and suffix not in _COMPANIONS and path.stem in stems:
                 skipped.append(Skipped(str(path), f"files of type {suffix or 'unknown'} cannot be read"))
     return sorted(found), sorted(skipped, key=lambda item: item.place)
 
