@@ -131,8 +131,8 @@ def split_by_caption(dataset: Dataset, held_out_share: float, seed: int) -> tupl
             return Dataset(tuple(sides[0]), dataset.skipped), Dataset(tuple(sides[1]), ())
     raise UserError(
         f"setting aside {held_out_share:.0%} of {count} pictures leaves no"
-        f" {'training' if not sides[0] else 'validation'} picture, by their captions or one by one; set recipe.data.validation_share to another share,"
-        " or recipe.data.validation_path to a validation set of its own"
+        f" {'training' if not sides[0] else 'validation'} picture, by their captions or one by one; set"
+        " recipe.data.validation_share to another share, or recipe.data.validation_path to a validation set of its own"
     )
 
 

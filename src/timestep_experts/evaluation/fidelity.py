@@ -26,7 +26,7 @@ def frechet_distance(one: Tensor, other: Tensor) -> float:
         raise ValueError(f"a Frechet distance needs at least 2 features on each side; got {len(one)} and {len(other)}")
     one, other = one.double(), other.double()
     gap = (one.mean(0) - other.mean(0)).square().sum()
-    first, second = (torch.atleast_2d(torch.cov(features.T)) for features in (one, other))
+    first, second = (torch.cov(features.T).reshape(features.shape[1], -1) for features in (one, other))
     roots = torch.linalg.eigvals(first @ second).real.clamp(min=0).sqrt()  # of a product of two psd matrices
     return max(0.0, float(gap + first.trace() + second.trace() - 2 * roots.sum()))  # rounding may fall below
 
