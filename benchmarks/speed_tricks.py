@@ -59,7 +59,7 @@ def tricks(setting: Setting, form: Form, *, quick: bool, console: Console) -> Fi
 
 def _layers() -> list[Case]:
     return [
-        linear("SD1.5", 640, 1024, (2, 4)),
-        convolution("SD1.5", 640, 32, 3, (2, 4)),
-        convolution("SD1.5", 640, 32, 1, (2, 4)),
+        linear("SD1.5", 640, 1024, (2, 8)),
+        convolution("SD1.5", 320, 32, 3, (2, 8)),
+        convolution("SD1.5", 640, 32, 1, (2, 8)),
     ]

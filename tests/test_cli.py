@@ -25,6 +25,9 @@ from rich.console import Console
 
 from conftest import scales, tiny_unet, write_pictures
 from timestep_experts import cli
+from timestep_experts.build import build_prompts
+from timestep_experts.config import load_recipe
+from timestep_experts.data import Dataset
 from timestep_experts.formats import load_bundle
 from timestep_experts.mixture import Mixture, MixtureSpec
 
@@ -541,6 +544,7 @@ def test_other_intervals_are_measured_anew(copied: Run) -> None:
         ),
         (["evaluation.scheduler=Nope"], "no scheduler 'Nope'"),
         (["evaluation.prompts={empty}/prompts.txt"], "recipe.evaluation.prompts: no file"),
+        (["evaluation.prompts={empty}/latin.txt"], "latin.txt is not UTF-8 text"),
         (["evaluation.judge=scenes"], "not a caption of the embedded world"),
     ],
 )
@@ -548,9 +552,16 @@ def test_a_run_that_cannot_end_well_does_not_start(
     overrides: list[str], message: str, base: Path, finished: Run, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/latin.txt").write_bytes("café".encode("latin-1"))
     recipe = write_recipe(tmp_path, base, finished.data)
     assert message in refused("run", recipe, *(text.format(empty=tmp_path / "empty") for text in overrides))
     assert not (tmp_path / "out" / "variants").exists()
+
+
+def test_prompts_are_lines_whatever_editors_put_into_them(base: Path, finished: Run, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa cat\u2028by day\r\n\n  a dog\n".encode())
+    recipe = load_recipe(write_recipe(tmp_path, base, finished.data), [f"evaluation.prompts={tmp_path}/prompts.txt"])
+    assert build_prompts(recipe, Dataset((), ())) == ("a cat\u2028by day", "a dog")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
+import struct
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import constants
-from PIL import Image
+from PIL import Image, ImageOps
 
 from conftest import max_error, random_pictures
 from timestep_experts.data import (
@@ -29,6 +31,7 @@ from timestep_experts.data import (
 )
 from timestep_experts.data.cache import to_pixels
 from timestep_experts.models import StableDiffusion
+from timestep_experts.models.encoding import CutCaptions
 from timestep_experts.world.scenes import parse_caption
 
 SMALL = PictureSettings(16, 16)
@@ -626,50 +629,95 @@ def test_a_failure_while_encoding_leaves_no_cache(folder: Path, family: StableDi
     assert len(encode(folder, family)) == 4
 
 
-def save_picture(path, caption):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8), (len(caption), 0, 0)).save(path)
-    path.with_suffix(".txt").write_text(caption, encoding="utf-8")
+# Folders and tables as people have them
 
 
-def test_linked_folders_are_read_and_loops_are_listed(tmp_path):
-    save_picture(tmp_path / "set/a/1.png", "one")
-    save_picture(tmp_path / "elsewhere/2.png", "two")
+def test_linked_folders_are_read_and_loops_are_listed(tmp_path: Path) -> None:
+    put_pair(tmp_path / "set", "1", "one")
+    put_pair(tmp_path / "elsewhere", "2", "two")
     (tmp_path / "set/link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "set", target_is_directory=True)
-    found = open_dataset(str(tmp_path / "set"), max_samples=None, seed=0)
-    assert [example.caption for example in found.examples] == ["one", "two"]
-    assert [item.reason for item in found.skipped] == ["a link back to a folder above it"]
+    found = find(tmp_path / "set")
+    assert captions(found) == ["one", "two"]
+    assert found.skipped == (Skipped(str(tmp_path / "set/link/back"), "a link back to a folder above it"),)
 
 
-def test_unreadable_kinds_with_captions_are_listed(tmp_path):
-    save_picture(tmp_path / "1.png", "one")
-    (tmp_path / "2.heic").write_bytes(b"?")
-    (tmp_path / "2.txt").write_text("two")
-    found = open_dataset(str(tmp_path), max_samples=None, seed=0)
-    assert [(Path(item.place).name, item.reason) for item in found.skipped] == [
-        ("2.heic", "files of type .heic cannot be read")
-    ]
+def test_two_folders_that_link_to_each_other_end(tmp_path: Path) -> None:
+    put_pair(tmp_path / "a", "1", "one")
+    put_pair(tmp_path / "b", "2", "two")
+    (tmp_path / "a/to_b").symlink_to(tmp_path / "b", target_is_directory=True)
+    (tmp_path / "b/to_a").symlink_to(tmp_path / "a", target_is_directory=True)
+    found = find(tmp_path)
+    assert sorted(captions(found)) == ["one", "one", "two", "two"]
+    assert names(tmp_path, found.skipped) == ["a/to_b/to_a", "b/to_a/to_b"]
 
 
-def test_json_lines_may_hold_separators_and_csv_fields_may_be_long(tmp_path):
-    for name in ("lines", "table"):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
-    row = '{"file_name": "1.png", "text": "a\u2028b\u0085c"}\n'
-    (tmp_path / "lines/metadata.jsonl").write_text(row, encoding="utf-8")
-    (tmp_path / "table/metadata.csv").write_text(f"file_name,text\n1.png,{'x' * 200_000}\n")
-    captions = [
-        open_dataset(str(tmp_path / n), max_samples=None, seed=0).examples[0].caption for n in ("lines", "table")
-    ]
-    assert captions == ["a b c", "x" * 200_000]
+def test_unreadable_kinds_with_captions_are_listed(tmp_path: Path) -> None:
+    put_pair(tmp_path, "1", "one")
+    put(tmp_path / "2.heic", b"?")
+    put(tmp_path / "2.txt", "two")
+    put(tmp_path / "1.json", "{}")
+    put(tmp_path / "README.md", "no example")
+    assert find(tmp_path).skipped == (Skipped(str(tmp_path / "2.heic"), "files of type .heic cannot be read"),)
 
 
-def test_one_caption_for_all_pictures_is_split_by_picture(tmp_path):
-    for i in range(40):
-        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text("sks dog")
-    train, validation = split_by_caption(open_dataset(str(tmp_path), max_samples=None, seed=0), 0.2, seed=0)
+def test_lines_of_json_end_at_newlines_alone(tmp_path: Path) -> None:
+    put(tmp_path / "1.png", encoded(picture()))
+    put(tmp_path / "metadata.jsonl", '{"file_name": "1.png", "text": "a\u2028b\u0085c"}\n')
+    assert captions(find(tmp_path)) == ["a b c"]
+
+
+def test_fields_of_a_table_may_be_long(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    put(tmp_path / "1.png", encoded(picture()))
+    put(tmp_path / "metadata.csv", f"file_name,text\n1.png,{'x' * (limit + 1)}\n")
+    assert captions(find(tmp_path)) == ["x" * (limit + 1)]
+    assert csv.field_size_limit() == limit
+
+
+def test_one_caption_for_all_pictures_is_split_by_picture(tmp_path: Path) -> None:
+    for seed in range(40):
+        put_pair(tmp_path, str(seed), "sks dog", seed)
+    train, validation = split_by_caption(find(tmp_path), 0.2, seed=0)
     assert len(train.examples) + len(validation.examples) == 40
-    assert validation.examples
     assert {e.place for e in train.examples}.isdisjoint(e.place for e in validation.examples)
+    assert 1 <= len(validation.examples) <= 20
+    put_pair(tmp_path, "new", "sks dog", 40)
+    _, again = split_by_caption(find(tmp_path), 0.2, seed=0)
+    assert {e.place for e in validation.examples} <= {e.place for e in again.examples}  # adding pictures moves none
+
+
+@pytest.mark.parametrize("error", [TypeError("bad operand"), struct.error("unpack"), RuntimeError("decoder")])
+def test_whatever_a_decoder_raises_the_picture_is_listed(
+    error: Exception, tmp_path: Path, family: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(3):
+        put_pair(tmp_path / "set", str(seed), f"thing {seed}", seed)
+    transpose, calls = ImageOps.exif_transpose, iter(range(3))
+
+    def fail_once(image: Image.Image) -> Image.Image:
+        if next(calls) == 1:
+            raise error
+        return transpose(image)
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", fail_once)
+    kept = encode_dataset(find(tmp_path / "set"), SMALL, family, tmp_path / "cache")
+    assert [(Path(item.place).name, item.reason) for item in kept.skipped] == [
+        ("1.png", f"not a readable picture: {error}")
+    ]
+    assert len(kept) == 2
+
+
+def test_reasons_hold_no_address_in_memory() -> None:
+    with pytest.raises(OSError, match=r"^not a readable picture: no known format$"):
+        Example("here", "a cat", lambda: b"no picture").open()
+
+
+def test_captions_that_are_cut_are_counted(tmp_path: Path, family: StableDiffusion) -> None:
+    limit = family.parts.tokenizer.model_max_length
+    long = " ".join("a" * (limit + 10))  # a token per letter, and two for beginning and end
+    put_pair(tmp_path / "set", "1", long)
+    put_pair(tmp_path / "set", "2", "a")
+    for _ in range(2):  # the second time from the cache
+        kept = encode_dataset(find(tmp_path / "set"), SMALL, family, tmp_path / "cache")
+        assert kept.cut == (CutCaptions("tokenizer", limit, count=1, longest=limit + 12),)

@@ -222,6 +222,17 @@ def test_a_set_has_no_distance_to_itself(count: int) -> None:
 # Pictures of the embedded world
 
 
+def test_one_feature_has_a_distance_too() -> None:
+    one, other = torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [9.0]])  # variances 2 and 32, means 1 and 5
+    assert math.isclose(frechet_distance(one, other), 16 + 2 + 32 - 2 * math.sqrt(64), rel_tol=1e-9)
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 5), (5, 1), (0, 5)])
+def test_a_single_picture_has_no_frechet_distance(first: int, second: int) -> None:
+    with pytest.raises(ValueError, match=f"got {first} and {second}"):
+        frechet_distance(normal(first, 4), normal(second, 4))
+
+
 def test_real_pictures_keep_their_promises_and_others_do_not() -> None:
     scenes = draw_scenes(60, seed=1, held_out=True)
     captions = [scene.caption for scene in scenes]

@@ -229,6 +229,28 @@ def test_a_text_length_holds_in_training_and_drawing(variant: str, fixed: int) -
     assert torch.equal(given[0], features["encoder_hidden_states"])
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_captions_are_cut_where_tokenizers_cut_them(variant: str) -> None:
+    family = make_family(variant)
+    short, long = ["a", "b"], "a cross in the dark " * 200
+    ids = [value for name, value in family.tokenize(short).items() if name.startswith("input_ids")]
+    limits = list(family.token_limits.values())
+    assert limits == [value.shape[1] for value in ids]
+    cut = family.cut_captions([*short, long])
+    assert [(found.limit, found.count) for found in cut] == [(limit, 1) for limit in limits]
+    assert all(found.longest > found.limit for found in cut)
+    assert family.cut_captions(short) == []
+
+
+@pytest.mark.parametrize("variant", ["pixart", "sd3", "flux"])
+def test_encoders_with_another_text_length_are_others(variant: str) -> None:
+    family = make_family(variant)
+    before = family.encoder_fingerprint()
+    family.set_max_sequence_length(7)
+    assert family.encoder_fingerprint() != before
+    assert make_family(variant).encoder_fingerprint() == before
+
+
 @pytest.mark.parametrize(
     ("variant", "length", "message"),
     [("sd", 7, "takes no max_sequence_length"), ("flux", 0, "must be positive; got 0")],

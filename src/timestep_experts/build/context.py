@@ -35,7 +35,7 @@ class RunContext:
     Args:
         family: the loaded base, without experts.
         train: the training pictures.
-        validation: pictures set aside, none of which is trained on.
+        validation: pictures that are not trained on.
         references: validation pictures as they are, for Frechet distances.
         decoding: how pictures or clips are decoded, none mirrored.
         prompts: the prompts that pictures are generated for.
@@ -49,6 +49,11 @@ class RunContext:
     decoding: DecodeSettings
     prompts: tuple[str, ...]
     is_judged: bool
+
+    @property
+    def shares_captions(self) -> bool:
+        """Whether some captions occur in training and in validation pictures, as a trigger word does."""
+        return not set(self.train.captions).isdisjoint(self.validation.captions)
 
 
 def build_device(recipe: Recipe) -> torch.device:
@@ -171,7 +176,7 @@ def build_prompts(recipe: Recipe, validation: Dataset) -> tuple[str, ...]:
     """What pictures are generated for: the recipe's prompts, or different captions of the validation set.
 
     Raises:
-        UserError: a prompt file that is not there.
+        UserError: the file of prompts is not there, or is not UTF-8 text.
     """
     wanted = recipe.evaluation.prompts
     if isinstance(wanted, Path):

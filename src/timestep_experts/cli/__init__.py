@@ -295,10 +295,12 @@ def _context(recipe: Recipe) -> RunContext:
     for kind, dataset in (("training", context.train), ("validation", context.validation)):
         for cut in dataset.cut:
             console.print(
-                f"  {cut.count:,} of {len(dataset.captions):,} different {kind} captions are cut: {cut.tokenizer} reads"
-                f" {cut.limit} tokens, the longest caption has {cut.longest}",
+                f"  {cut.count:,} of {len(dataset.captions):,} different {kind} captions are cut off: {cut.tokenizer}"
+                f" reads {cut.limit} tokens, and the longest caption has {cut.longest}",
                 highlight=False,
             )
+    if context.shares_captions:
+        console.print("  some captions occur both in training and in validation pictures")
     return context
 
 

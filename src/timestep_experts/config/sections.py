@@ -54,7 +54,9 @@ class DataConfig(Strict):
     )
     max_train_samples: PositiveInt | None = None
     validation_path: str | None = Field(None, description="null: held-out captions of the same source")
-    validation_share: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="of the captions, if no path is set")
+    validation_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="of the captions (or, where there are too few, of the pictures), if no path is set"
+    )
     max_validation_samples: PositiveInt | None = None
     flip: bool = False
     caption_dropout: Share = 0.1

@@ -119,8 +119,12 @@ def read_frames(content: bytes, settings: ClipSettings) -> list[Image.Image]:
         wanted = [stamps[i] for i in choose_frames([times[stamp] for stamp in stamps], settings)]
         with av.open(io.BytesIO(content), metadata_errors="replace") as container:
             frames = dict(_decode(container, wanted))
-    except av.FFmpegError as error:
-        raise OSError(f"not a readable clip: {error}") from error
+    except (OSError, MemoryError) as error:
+        if isinstance(error, av.FFmpegError):
+            raise OSError(f"not a readable clip: {error}") from error
+        raise
+    except Exception as error:  # a decoder may raise anything on a damaged file
+        raise OSError(f"not a readable clip: {error or type(error).__name__}") from error
     if len(frames) < len(wanted):
         raise OSError(f"damaged: {len(wanted) - len(frames)} of {len(wanted)} frames cannot be decoded")
     return [frames[stamp] for stamp in wanted]

@@ -11,12 +11,13 @@ import io
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from timestep_experts.errors import UserError
 from timestep_experts.world.render import DOMAINS, render
@@ -29,7 +30,7 @@ CAPTION_COLUMNS = ("text", "caption", "prompt")
 WORLD_PREFIX = "world/"
 
 _COMPANIONS = frozenset({".txt", ".caption", ".json", ".jsonl", ".csv", ".yaml", ".toml", ".npz", ".safetensors"})
-"""What trainers put beside a picture: no picture itself."""
+"""Files that trainers put beside a picture and that are no pictures."""
 _LONGEST_FIELD = 2**31 - 1  # of a table; the csv module allows 128 KiB unless it is told otherwise
 
 
@@ -53,20 +54,26 @@ class Example:
         Raises:
             OSError: missing, truncated or not a picture.
         """
+        content = self.read()
         try:
-            picture: Image.Image = Image.open(io.BytesIO(self.read()))
+            picture: Image.Image = Image.open(io.BytesIO(content))
             picture.load()
-            picture = ImageOps.exif_transpose(picture)
+            return _to_rgb(ImageOps.exif_transpose(picture))
         except MemoryError:
             raise
+        except UnidentifiedImageError as error:  # its text holds an address in memory
+            raise OSError("not a readable picture: no known format") from error
         except Exception as error:  # a decoder may raise anything on a damaged file: TypeError, struct.error, ...
             raise OSError(f"not a readable picture: {error or type(error).__name__}") from error
-        if picture.mode.startswith("I;16"):  # which convert() would clip, not scale
-            picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            layer = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-        return picture.convert("RGB")
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16"):  # which convert() would clip, not scale
+        picture = Image.fromarray((np.asarray(picture) // 257).astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        layer = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return picture.convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -114,14 +121,13 @@ def open_dataset(path: str, *, max_samples: int | None, seed: int, held_out: boo
 def split_by_caption(dataset: Dataset, held_out_share: float, seed: int) -> tuple[Dataset, Dataset]:
     """Set aside a share of the captions, with all their pictures: (training, validation).
 
-    A caption's side depends on its text and the seed alone, so adding pictures moves none. Where that leaves one side
-    empty, as where all pictures have one trigger word for a caption, a share of the pictures is set aside instead, by
-    their contents.
+    A caption's side depends on its text and the seed alone, so adding pictures moves none. That may leave one side
+    empty, as it does where every caption is the same trigger word. Then a share of the pictures is set aside instead,
+    and a picture's side depends on its bytes and the seed.
 
     Raises:
         UserError: one of the sides would be empty either way.
     """
-    count = len(dataset.examples)
     for label_of in (_caption_of, _content_of):
         sides: tuple[list[Example], list[Example]] = ([], [])
         for example in dataset.examples:
@@ -130,7 +136,7 @@ def split_by_caption(dataset: Dataset, held_out_share: float, seed: int) -> tupl
         if all(sides):
             return Dataset(tuple(sides[0]), dataset.skipped), Dataset(tuple(sides[1]), ())
     raise UserError(
-        f"setting aside {held_out_share:.0%} of {count} pictures leaves no"
+        f"setting aside {held_out_share:.0%} of {len(dataset.examples)} pictures leaves no"
         f" {'training' if not sides[0] else 'validation'} picture, by their captions or one by one; set"
         " recipe.data.validation_share to another share, or recipe.data.validation_path to a validation set of its own"
     )
@@ -164,8 +170,8 @@ def find_files(folder: Path, suffixes: Collection[str]) -> tuple[list[Path], lis
         suffixes: in lower case, with their dots.
 
     Returns:
-        The files; and what looks like an example but cannot be used: a file of another kind with a caption beside it,
-        a link back to a folder above itself, and a folder that cannot be read.
+        The files, and what was left out: files of another kind with a caption beside them, links that lead back to a
+        folder above them, and folders that cannot be read.
     """
     found: list[Path] = []
     skipped: list[Skipped] = []
@@ -174,17 +180,18 @@ def find_files(folder: Path, suffixes: Collection[str]) -> tuple[list[Path], lis
         skipped.append(Skipped(str(error.filename), f"cannot be read: {error.strerror}"))
 
     for place, folders, names in os.walk(folder, onerror=note, followlinks=True):
-        for name in [name for name in folders if (Path(place) / name).is_symlink()]:
-            if _leads_back(Path(place) / name, folder):
-                folders.remove(name)
-                skipped.append(Skipped(str(Path(place) / name), "a link back to a folder above it"))
-        stems = {name[: -len(".txt")] for name in names if name.endswith(".txt")}
-        for path in (Path(place) / name for name in (*folders, *names)):  # a folder may be called like a picture
+        here = Path(place)
+        looping = [name for name in folders if (here / name).is_symlink() and _leads_back(here / name, folder)]
+        skipped += [Skipped(str(here / name), "a link back to a folder above it") for name in looping]
+        folders[:] = [name for name in folders if name not in looping]
+        captioned = {Path(name).stem for name in names if name.endswith(".txt")}
+        for path in map(here.joinpath, names):
             suffix = path.suffix.lower()
             if suffix in suffixes:
                 found.append(path)
-            elif path.name in names and suffix not in _COMPANIONS and path.stem in stems:
+            elif suffix not in _COMPANIONS and path.stem in captioned:
                 skipped.append(Skipped(str(path), f"files of type {suffix or 'unknown'} cannot be read"))
+        found += [here / name for name in folders if Path(name).suffix.lower() in suffixes]  # called like a picture
     return sorted(found), sorted(skipped, key=lambda item: item.place)
 
 
@@ -216,31 +223,35 @@ def read_table(path: Path) -> Iterator[tuple[str, Mapping[str, Any] | str]]:
     text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     if path.suffix == ".csv":
         for number, fields in enumerate(_csv_rows(text), 2):
-            yield f"{path}:{number}", fields
+            is_text = isinstance(fields, str) or _is_utf8("".join(map(str, fields.values())))
+            yield f"{path}:{number}", fields if is_text else "not UTF-8 text"
         return
     for number, line in enumerate(text.split("\n"), 1):  # JSON may hold what splitlines() takes for an end of line
         if line.strip():
             yield f"{path}:{number}", _parse_row(line)
 
 
-def _csv_rows(text: str) -> Iterator[Mapping[str, Any] | str]:
-    """The rows of a ``.csv``, with fields of any length."""
-    before = csv.field_size_limit(_LONGEST_FIELD)
-    try:
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        rows: list[Mapping[str, Any] | str] = []
+def _csv_rows(text: str) -> list[Mapping[str, Any] | str]:
+    """The rows of a ``.csv``; a row that cannot be parsed is the reason why."""
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    rows: list[Mapping[str, Any] | str] = []
+    with _fields_of_any_length():
         while True:
             try:
-                fields = next(reader)
-            except StopIteration:
-                break
+                rows.append(next(reader))
             except csv.Error as error:
                 rows.append(f"not CSV: {error}")
-            else:
-                rows.append(fields if _is_utf8("".join(map(str, fields.values()))) else "not UTF-8 text")
+            except StopIteration:
+                return rows
+
+
+@contextmanager
+def _fields_of_any_length() -> Iterator[None]:
+    before = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        yield
     finally:
         csv.field_size_limit(before)
-    yield from rows
 
 
 def _parse_row(line: str) -> Mapping[str, Any] | str:

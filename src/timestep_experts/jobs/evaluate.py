@@ -129,10 +129,6 @@ def _measure_attached(
     curve = loss_curve(family, context.validation, settings)
     sampling = row.sampling(context.decoding)
     pictures = sample(family.pipeline(), context.prompts, sampling, progress=f"{row.variant}, {row.mode}")
-    real = as_pictures(_references(context)) if len(pictures) > 1 else pictures
-    frechet = None
-    if len(real) > 1:
-        frechet = frechet_distance(judge_features(as_pictures(pictures)), judge_features(real))
     costs = row.costs(family, mixture)
     result = Result(
         variant=row.variant,
@@ -140,13 +136,21 @@ def _measure_attached(
         curve=curve,
         interval_losses=tuple(curve.within(interval) for interval in settings.partition.intervals),
         verdict=judge_pictures(pictures, context.prompts) if context.is_judged else None,
-        frechet=frechet,
+        frechet=_frechet(as_pictures(pictures), context) if len(pictures) > 1 else None,
         parameters=costs.parameters,
         num_images_seen=costs.num_images_seen,
         seconds=costs.seconds,
         gates=tuple(gate_map(family, mixture, context.validation, settings)) if mixture and is_routed else (),
     )
     return result, pictures
+
+
+def _frechet(generated: NDArray[np.uint8], context: RunContext) -> float | None:
+    """The Frechet distance to the validation pictures; ``None`` where either side has a single picture."""
+    real = as_pictures(_references(context))
+    if min(len(generated), len(real)) < 2:
+        return None
+    return frechet_distance(judge_features(generated), judge_features(real))
 
 
 def _training_logs(recipe: Recipe) -> dict[str, list[dict[str, float]]]:
@@ -192,8 +196,8 @@ def _notes(recipe: Recipe, context: RunContext) -> list[str]:
         f" ({evaluation.scheduler or 'its own scheduler'},"
         f" {evaluation.num_inference_steps} steps, guidance {evaluation.guidance_scale:g}).",
         "Validation captions occur in no training picture."
-        if set(context.train.captions).isdisjoint(context.validation.captions)
-        else "Validation pictures are not trained on, but training pictures have some of their captions.",
+        if not context.shares_captions
+        else "Training pictures have some of the captions of validation pictures.",
         "Parameters and samples are those of what the mode uses: switching counts neither routers nor contexts"
         " of base gate 0.",
     ]

@@ -40,13 +40,13 @@ def token_ids(tokenizer: Any, captions: Sequence[str], max_length: int | None = 
 
 @dataclass(frozen=True)
 class CutCaptions:
-    """Captions of which a text encoder reads the beginning alone.
+    """Captions that a tokenizer cuts off, because its text encoder reads only so many tokens.
 
     Args:
         tokenizer: its name in the pipeline.
-        limit: tokens that are read, the marks of beginning and end among them.
-        count: captions that are longer.
-        longest: tokens of the longest.
+        limit: the number of tokens that are read, including those that mark beginning and end.
+        count: the number of captions that have more tokens.
+        longest: the number of tokens of the longest caption.
     """
 
     tokenizer: str
@@ -55,20 +55,9 @@ class CutCaptions:
     longest: int
 
 
-def find_cut_captions(tokenizers: Mapping[str, tuple[Any, int]], captions: Sequence[str]) -> list[CutCaptions]:
-    """What each tokenizer cuts off.
-
-    Args:
-        tokenizers: by name, with the number of tokens that are read.
-        captions: at least one.
-    """
-    found = []
-    for name, (tokenizer, limit) in tokenizers.items():
-        ids = tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]
-        lengths = [len(row) for row in ids]
-        count = sum(length > limit for length in lengths)
-        found += [CutCaptions(name, limit, count, max(lengths))] if count else []
-    return found
+def count_tokens(tokenizer: Any, captions: Sequence[str]) -> list[int]:
+    """The number of tokens of each caption, including those that mark beginning and end; nothing is cut."""
+    return [len(ids) for ids in tokenizer(list(captions), truncation=False, verbose=False)["input_ids"]]
 
 
 def cast(features: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:

@@ -21,8 +21,8 @@ from timestep_experts.mixture import bound_to
 from timestep_experts.models.encoding import (
     CutCaptions,
     cast,
+    count_tokens,
     encode_posterior_mean,
-    find_cut_captions,
     plain_tensors,
 )
 from timestep_experts.models.files import check_folder, check_single_file, check_weights
@@ -273,20 +273,34 @@ class Family(ABC):
         for name in self.tokenizer_names:
             tokenizer = getattr(self.parts, name)
             if tokenizer is not None:
-                digest.update(repr((sorted(tokenizer.get_vocab().items()), tokenizer.model_max_length)).encode())
+                digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
+        digest.update(repr(self.token_limits).encode())
         if self.autoencoder_name:
             config = getattr(self.parts, self.autoencoder_name).config
             digest.update(repr([config.get(fact) for fact in _LATENT_FACTS]).encode())
         return digest.hexdigest()
 
-    def cut_captions(self, captions: Sequence[str]) -> list[CutCaptions]:
-        """Which tokenizers cut captions off, how many, and how long the longest is."""
+    def prepare_captions(self, captions: Sequence[str]) -> list[str]:
+        """What the pipeline does to captions before it tokenises them: nothing, unless a family says otherwise."""
+        return list(captions)
+
+    @property
+    def token_limits(self) -> dict[str, int]:
+        """The number of tokens that are read of a caption, by the name of the tokenizer; a long one (T5) comes last."""
         tokenizers = {name: getattr(self.parts, name) for name in self.tokenizer_names}
-        limits = {name: (t, t.model_max_length) for name, t in tokenizers.items() if t is not None}
-        long_one = self.tokenizer_names[-1] if self.max_sequence_length is not None else None
-        if long_one in limits and self.max_sequence_length is not None:  # a T5 comes last
-            limits[long_one] = (tokenizers[long_one], self.max_sequence_length)
-        return find_cut_captions(limits, captions)
+        limits = {name: int(t.model_max_length) for name, t in tokenizers.items() if t is not None}
+        if self.max_sequence_length is not None and self.tokenizer_names[-1] in limits:
+            limits[self.tokenizer_names[-1]] = self.max_sequence_length
+        return limits
+
+    def cut_captions(self, captions: Sequence[str]) -> list[CutCaptions]:
+        """Which tokenizers cut some of these captions, how many, and how long the longest is; at least one caption."""
+        prepared, found = self.prepare_captions(captions), []
+        for name, limit in self.token_limits.items():
+            lengths = count_tokens(getattr(self.parts, name), prepared)
+            count = sum(length > limit for length in lengths)
+            found += [CutCaptions(name, limit, count, max(lengths))] if count else []
+        return found
 
     @torch.no_grad()
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:

@@ -29,10 +29,13 @@ class PixArt(Family):
         """See `Family`."""
         return DiscreteNoise(self.parts.scheduler, self.source)
 
+    def prepare_captions(self, captions: Sequence[str]) -> list[str]:
+        """Lowercased and stripped."""
+        return [caption.lower().strip() for caption in captions]
+
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask``, ``(B, max_sequence_length)``."""
-        prepared = [caption.lower().strip() for caption in captions]
-        tokens = token_ids(self.parts.tokenizer, prepared, self.max_sequence_length)
+        tokens = token_ids(self.parts.tokenizer, self.prepare_captions(captions), self.max_sequence_length)
         return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
 
     def encode_text(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -86,9 +86,13 @@ class Wan(Family):
         shift, scale = (_per_channel(vae.config[name], means) for name in ("latents_mean", "latents_std"))
         return (means - shift) / scale
 
+    def prepare_captions(self, captions: Sequence[str]) -> list[str]:
+        """Cleaned as the pipeline does."""
+        return [prompt_clean(caption) for caption in captions]
+
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask`` of the captions, cleaned as the pipeline does."""
-        tokens = token_ids(self.parts.tokenizer, [prompt_clean(c) for c in captions], self.max_sequence_length)
+        tokens = token_ids(self.parts.tokenizer, self.prepare_captions(captions), self.max_sequence_length)
         return {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
 
     def encode_text(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ class Tricks:
         joined_scales: all scales are one product along the joined rank, so the input is read once and the output
             written once.
         overwrite: without gradients, the base layer's own output is added to in place.
+        conv_by_fold: a convolution by every row's own experts is a product and a sum (`_conv_by_fold`).
         terms: while compiling, products of small rank are written term by term, so that they fuse with their
             surroundings.
     """
@@ -39,6 +40,7 @@ class Tricks:
     shared_experts: bool = True
     joined_scales: bool = True
     overwrite: bool = True
+    conv_by_fold: bool = True
     terms: bool = True
 
 
@@ -79,7 +81,10 @@ class FastKernels:
     ) -> tuple[Sequence[Tensor], Tensor | None]:
         """Compute A x of all scales, and the average of the router's input."""
         project = project_planes if geometry.is_convolution else project_rows
-        hidden = [project(x, down.to(x.dtype), geometry, self._max_terms) for down in experts.downs]
+        hidden = [
+            project(x, down.to(x.dtype), geometry, max_terms=self._max_terms, by_fold=self.tricks.conv_by_fold)
+            for down in experts.downs
+        ]
         return hidden, None if router_input is None else mean_pool(router_input, geometry.is_convolution)
 
     @property

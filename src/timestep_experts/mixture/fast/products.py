@@ -35,7 +35,7 @@ def project(x: Tensor, down: Tensor, is_convolution: bool, max_terms: int = 0) -
     return torch.bmm(z, down.transpose(1, 2))
 
 
-def project_rows(x: Tensor, down: Tensor, _: LayerGeometry, max_terms: int) -> Tensor:
+def project_rows(x: Tensor, down: Tensor, _: LayerGeometry, *, max_terms: int, by_fold: bool) -> Tensor:  # noqa: ARG001
     """A x of a linear layer, ``(B, N, R)``; A is every row's own, or one ``(1, R, k)`` for all."""
     if len(down) == 1 and down.shape[1] > max_terms:
         return functional.linear(flat(x, is_convolution=False), down[0])
@@ -53,13 +53,15 @@ def add_rows(
     return _add_product(y.reshape(len(rows), -1, y.shape[-1]), hidden, rows, max_terms, in_place).view(y.shape)
 
 
-def project_planes(x: Tensor, down: Tensor, geometry: LayerGeometry, max_terms: int) -> Tensor:
+def project_planes(x: Tensor, down: Tensor, geometry: LayerGeometry, *, max_terms: int, by_fold: bool) -> Tensor:
     """A x of a convolution, ``(B, R, N)`` with N the output positions; A as in `project_rows`."""
     batch = x.shape[0]
     if geometry.is_pointwise:
         return project(x, down.expand(batch, -1, -1), is_convolution=True, max_terms=max_terms)
     if len(down) == 1:
         return convolve(x, down, geometry).flatten(2)
+    if by_fold and _is_dense_plane(geometry) and _sums_in_full(x):
+        return _conv_by_fold(x, down, geometry)
     # One group per row, so each meets its own experts.
     hidden = convolve(x.reshape(1, -1, *x.shape[2:]), down.flatten(0, 1), geometry, groups=batch)
     return hidden.reshape(batch, down.shape[1], -1)
@@ -104,3 +106,37 @@ def _written_down(factor: Tensor) -> Tensor:
     """
     _, rows, columns = factor.shape
     return factor.contiguous().as_strided(factor.shape, (rows * columns, columns, 1))
+
+
+def _sums_in_full(x: Tensor) -> bool:
+    """Whether products of x are sums in fp32 or wider; a fold would round every part of a half-precision one."""
+    return x.dtype.itemsize >= 4 and not torch.is_autocast_enabled(x.device.type)
+
+
+def _is_dense_plane(geometry: LayerGeometry) -> bool:
+    """Whether a convolution over a plane is computed at every position, with no more padding than it reaches."""
+    if (
+        isinstance(geometry.padding, str)
+        or len(geometry.kernel_size) != 2
+        or any(step != 1 for step in geometry.stride)
+    ):
+        return False
+    reach = zip(geometry.kernel_size, geometry.dilation, geometry.padding, strict=True)
+    return all(p <= d * (k - 1) for k, d, p in reach)
+
+
+def _conv_by_fold(x: Tensor, down: Tensor, geometry: LayerGeometry) -> Tensor:
+    """A convolution with few output channels, as one product and a sum.
+
+    Every position computes what it gives to each position within the kernel's reach, R numbers for each, and those are
+    added up where they land: the sum over the kernel comes after the product over channels. Library kernels for
+    grouped convolutions, one group per row, are slow where so few channels go out.
+    """
+    kernel = down.reshape(len(down), -1, geometry.in_features, *geometry.kernel_size).flip(-1, -2)
+    sent = torch.bmm(kernel.flatten(3).transpose(2, 3).flatten(1, 2), x.flatten(2))
+    reach = [d * (k - 1) for k, d in zip(geometry.kernel_size, geometry.dilation, strict=True)]
+    padding = [int(p) for p in geometry.padding]
+    size = [n + 2 * p - r for n, p, r in zip(x.shape[2:], padding, reach, strict=True)]
+    margin = [r - p for p, r in zip(padding, reach, strict=True)]
+    landed = functional.fold(sent, tuple(size), geometry.kernel_size, geometry.dilation, tuple(margin))
+    return landed.flatten(2)
