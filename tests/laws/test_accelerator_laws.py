@@ -1,11 +1,11 @@
-"""On an accelerator a mixture says what it says on the CPU: eager, compiled with CUDA graphs, fused, and in training."""
+"""On an accelerator a mixture says what it says on the CPU: eager, in CUDA graphs, fused, and in training."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TARGETS, max_error, randomise, scales, tiny_unet, unet_inputs
 
+from conftest import TARGETS, max_error, randomise, scales, tiny_unet, unet_inputs
 from timestep_experts.mixture import Mixture, MixtureSpec, fuse, unfuse
 
 pytestmark = [
