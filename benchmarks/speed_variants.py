@@ -15,6 +15,7 @@ from torch import nn
 
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale, fuse, match_targets
+from timestep_experts.mixture.hooks import layers_in
 from timestep_experts.mixture.kernels import Kernels
 
 Pass = Literal["inference, one t", "inference, mixed t", "training, mixed t"]
@@ -233,4 +234,6 @@ def _variant_of(model: nn.Module, mixture: Mixture) -> Variant:
 
 
 def _held_bytes(model: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    """Of a network and of the experts on it."""
+    parts = (model, *layers_in(model))
+    return sum(tensor.nbytes for part in parts for tensor in (*part.parameters(), *part.buffers()))

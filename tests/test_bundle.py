@@ -22,7 +22,7 @@ from timestep_experts.formats.atomic import atomic_path
 from timestep_experts.formats.bundle import BundleDocument
 from timestep_experts.inference import attach, detach
 from timestep_experts.intervals import Partition
-from timestep_experts.mixture import Mixture, MixtureLayer, MixtureSpec, Scale
+from timestep_experts.mixture import Mixture, MixtureSpec, Scale
 
 TARGETS = ("to_q", "conv1")
 SPEC = MixtureSpec(
@@ -303,7 +303,7 @@ def refuse(pipeline: StableDiffusionPipeline, made: Bundle, *match: str) -> None
     assert bytes_of(pipeline.unet) == before
     assert list(pipeline.unet.named_modules()) == modules
     assert not pipeline.unet._forward_pre_hooks
-    assert not any(isinstance(module, MixtureLayer) for module in pipeline.unet.modules())
+    assert not any(module._forward_hooks for module in pipeline.unet.modules())
 
 
 def test_attaching_from_a_folder_gives_the_experts_back(

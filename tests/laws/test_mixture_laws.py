@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn import functional
+from torch.nn.modules.module import register_module_forward_hook
 
 from conftest import (
     TARGETS,
@@ -30,9 +31,10 @@ from conftest import (
     zero_routers,
 )
 from timestep_experts.intervals import Partition
-from timestep_experts.mixture import MODES, Mixture, MixtureLayer, MixtureSpec, Scale, asymmetric, match_targets
+from timestep_experts.mixture import MODES, Mixture, MixtureSpec, Scale, asymmetric, match_targets
 from timestep_experts.mixture.fast import FastKernels, Tricks
 from timestep_experts.mixture.fast.products import MAX_TERMS
+from timestep_experts.mixture.hooks import layers_in
 from timestep_experts.mixture.plain import mean_pool
 
 pytestmark = pytest.mark.usefixtures("either_kernels")
@@ -81,9 +83,9 @@ def test_attach_meets_each_target_exactly_once(unet):
     assert match_targets(unet, TARGETS) == expected
     mixture = Mixture.attach(unet, MixtureSpec(scales(8, 1)), TARGETS)
     assert list(mixture.layers) == expected
-    assert {name for name, module in unet.named_modules() if isinstance(module, MixtureLayer)} == set(expected)
+    assert dict(unet.named_modules()) == before  # the network keeps its modules
+    assert {layer.name for layer in layers_in(unet)} == set(expected)
     for name, layer in mixture.layers.items():
-        assert unet.get_submodule(name) is layer
         assert layer.base_layer is before[name]
     assert match_targets(unet, TARGETS) == []
     assert match_targets(unet, r".*\.(to_q|conv1)") == []
@@ -137,15 +139,11 @@ def test_experts_stand_on_the_device_of_a_base_that_has_only_buffers():
     assert {value.device.type for value in mixture.state_dict().values()} == {"meta"}
 
 
-def test_layer_answers_for_its_base(unet):
-    base = unet.mid_block.resnets[0].conv1
+def test_a_network_keeps_its_own_state(unet):
+    before = unet.state_dict()
     equipped(unet)
-    layer = unet.mid_block.resnets[0].conv1
-    assert layer is not base
-    assert layer.weight is base.weight
-    assert layer.kernel_size == (3, 3)
-    with pytest.raises(AttributeError, match="no_such_thing"):
-        layer.no_such_thing  # noqa: B018
+    assert list(unet.state_dict()) == list(before)
+    assert len(list(unet.parameters())) == len(list(tiny_unet().parameters()))
 
 
 # Nothing said, nothing changed
@@ -325,9 +323,9 @@ def test_ungated_core_is_base_plus_the_low_rank_update(carrier, t):
     layer, x, spec = carrier
     t = torch.tensor(t)
     net, mixture = attach_to_layer(layer, spec, "switch")
-    net.double()
+    mixture.layers["layer"].double()
     with torch.no_grad():
-        expected = layer(x) + explicit_delta(mixture.layers["layer"], spec.scales[0], x, t)
+        expected = layer.forward(x) + explicit_delta(mixture.layers["layer"], spec.scales[0], x, t)
         # fp64 but for alpha / r, which is scaled in fp32: 6e-8 of an update below 10.
         assert max_error(net(x, t), expected) <= 2e-6
 
@@ -340,7 +338,7 @@ def test_a_shared_timestep_says_what_one_per_sample_says(carrier, t):
     contexts = [replace(core, name=f"c{n}", partition=Partition.uniform(n), gated=True) for n in (3, 1)]
     spec = MixtureSpec((core, *contexts))
     net, mixture = attach_to_layer(layer, spec, "switch")
-    net.double()
+    mixture.layers["layer"].double()
     for mode in ("switch", "route"):
         mixture.mode = mode
         with torch.no_grad():
@@ -356,11 +354,11 @@ def test_convolution_over_a_plane_in_both_forms(kernel, dilation, padding, group
     layer = nn.Conv2d(4, 6, kernel, 1, padding, dilation, groups).double()
     spec = MixtureSpec(scales(8, rank=4))
     net, mixture = attach_to_layer(layer, spec, "switch")
-    net.double()
+    mixture.layers["layer"].double()
     x = normal(3, 4, 7, 6, dtype=torch.double).requires_grad_()
     for t in (MIXED_T, torch.tensor(640.0)):
         each = t.expand(3)
-        expected = layer(x) + explicit_delta(mixture.layers["layer"], spec.scales[0], x, each)
+        expected = layer.forward(x) + explicit_delta(mixture.layers["layer"], spec.scales[0], x, each)
         y = net(x, t)
         assert max_error(y, expected) <= 1e-12  # fp64; alpha / r is 2, exactly
         pulled = [torch.autograd.grad(out.sum(), x, retain_graph=True)[0] for out in (y, expected)]
@@ -375,25 +373,31 @@ def test_what_others_hold_of_the_base_is_not_overwritten(layer, t):
     with torch.no_grad():
         alone = net(x, t)
         held = []
-        handle = net.layer.base_layer.register_forward_hook(lambda module, inputs, output: held.append(output))
+        for first in (True, False):  # who comes after the experts sees what the layer gives
+            handle = net.layer.register_forward_hook(lambda *call: held.append(call[-1]), prepend=first)
+            assert torch.equal(net(x, t), alone)
+            assert torch.equal(held[-1], layer(x) if first else alone)
+            handle.remove()
+        held.clear()
+        handle = register_module_forward_hook(lambda *call: held.append(call[-1]))
         assert torch.equal(net(x, t), alone)
-        assert torch.equal(held[0], layer(x))
         handle.remove()
+        assert torch.equal(held[0], layer(x))
 
-        own_forward = net.layer.base_layer.forward
-        net.layer.base_layer.forward = lambda x: held.append(own_forward(x)) or held[-1]
+        own_forward = net.layer.forward
+        net.layer.forward = lambda x: held.append(own_forward(x)) or held[-1]
         assert torch.equal(net(x, t), alone)
         assert torch.equal(held[-1], layer(x))
-        del net.layer.base_layer.forward
+        del net.layer.forward
 
         class Keeping(type(layer)):
             def forward(self, x):
                 self.kept = super().forward(x)
                 return self.kept
 
-        net.layer.base_layer.__class__ = Keeping
+        net.layer.__class__ = Keeping
         assert torch.equal(net(x, t), alone)
-        assert torch.equal(net.layer.base_layer.kept, layer(x))
+        assert torch.equal(net.layer.kept, layer(x))
 
 
 ROUTED_LAYERS = {
@@ -450,7 +454,7 @@ def test_route_is_base_plus_core_plus_gated_contexts(kind, router_input, gate, k
         deltas = [positions_last_to_middle(explicit_delta(layer, s, x, t), layer.base_layer) for s in spec.scales]
         strengths = (0.5 + gates).view(3, -1, 2)
         contexts = sum(strengths[..., j, None] * deltas[1 + j] for j in range(2))
-        expected = positions_last_to_middle(layer.base_layer(x), layer.base_layer) + deltas[0] + contexts
+        expected = positions_last_to_middle(layer.base_layer.forward(x), layer.base_layer) + deltas[0] + contexts
     assert contexts.abs().max() > 1e-2
     assert max_error(y, expected) <= 2e-6  # fp32, values near 1
 
@@ -474,10 +478,10 @@ def test_layers_of_real_width_agree_with_a_loop_over_samples_in_double_precision
     with torch.set_grad_enabled(is_training):
         y = net(x, t).double()
     exact, x = copy.deepcopy(net).double(), x.double()
-    layer, spec = exact.layer, mixture.spec
+    layer, spec = Mixture.of(exact).layers["layer"].double(), mixture.spec
     gates = explicit_gates(layer.router, positions_last_to_middle(x, layer.base_layer), t, spec)
     with torch.no_grad():
-        expected = layer.base_layer(x) + explicit_delta(layer, spec.scales[0], x, t)
+        expected = layer.base_layer.forward(x) + explicit_delta(layer, spec.scales[0], x, t)
         for gate, scale in zip(gates.unbind(1), spec.scales[1:], strict=True):
             expected += gate.view(-1, *[1] * (x.dim() - 1)) * explicit_delta(layer, scale, x, t)
     # bf16 rounds by up to 2^-9: features, strengths, the sum over a kernel, the base's output and ours
@@ -503,7 +507,7 @@ def test_symmetric_mixture_gates_every_scale():
     layer = mixture.layers["layer"]
     x = normal(3, 7, 6)
     with torch.no_grad():
-        base = layer.base_layer(x)
+        base = layer.base_layer.forward(x)
         assert torch.equal(net(x, MIXED_T), base)  # nothing rests above zero, so switching says nothing
         mixture.mode = "route"
         gates = explicit_gates(layer.router, x, MIXED_T, mixture.spec)
@@ -547,14 +551,12 @@ def test_base_that_is_only_linear_like_carries_experts():
     net, mixture = attach_to_layer(QuantisedLike(6, 4), MixtureSpec(scales(8)), "switch")
     layer, x = mixture.layers["layer"], normal(3, 7, 6)
     with torch.no_grad():
-        base = layer.base_layer(x)
+        base = layer.base_layer.forward(x)
         stack, owners = layer.experts["n8"], [0, 4, 7]
         expected = base + 2 * torch.einsum("bdr,brk,bnk->bnd", stack.B[owners], stack.A[owners], x)
         assert max_error(net(x, MIXED_T), expected) <= 2e-6  # fp32, values near 1
         assert max_error(expected, base) > 1e-2
-    keys = list(net.state_dict())
-    mixture.detach()
-    assert list(net.state_dict()) == ["layer.scale", "layer.quantised"] != keys
+    assert list(net.state_dict()) == ["layer.scale", "layer.quantised"]
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -594,7 +596,7 @@ def test_a_network_without_timesteps_is_bound_by_hand():
                     pass
                 gate = explicit_gates(layer.router, x, t, mixture.spec)[:, :, None]
                 core, context = (explicit_delta(layer, scale, x, t) for scale in mixture.spec.scales)
-                assert max_error(encoder(x), layer.base_layer(x) + core + gate * context) <= 2e-6  # fp32, near 1
+                assert max_error(encoder(x), layer.base_layer.forward(x) + core + gate * context) <= 2e-6
     with pytest.raises(RuntimeError, match=r"Mixture\.at"):
         encoder(x)
 
@@ -604,11 +606,19 @@ def test_a_network_without_timesteps_is_bound_by_hand():
 
 def gradients(mixture):
     return {
-        key: parameter.grad
+        f"{name}.{key}": parameter.grad
         for name, layer in mixture.layers.items()
-        for key, parameter in ((f"{name}.{key}", p) for key, p in layer.named_parameters())
-        if "base_layer" not in key
+        for key, parameter in layer.named_parameters()
     }
+
+
+def taken_gradients(network, mixture):
+    """The gradients of all parameters, the base's first, which then have none."""
+    parameters = [p for p in (*network.parameters(), *mixture.parameters()) if p.grad is not None]
+    found = [p.grad.clone() for p in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return found
 
 
 @pytest.mark.parametrize("mode", ["foster", "switch", "route"])
@@ -637,7 +647,8 @@ def test_a_shared_timestep_trains_like_one_per_sample(unet):
     latents, text = unet_inputs(3)
     found = []
     for t in (torch.tensor(640.0), torch.full((3,), 640.0)):
-        unet.zero_grad()
+        for parameter in mixture.parameters():
+            parameter.grad = None
         unet(latents, t, text).sample.square().mean().backward()
         found.append({key: gradient.clone() for key, gradient in gradients(mixture).items()})
     for key, gradient in found[0].items():
@@ -671,8 +682,8 @@ def test_checkpointed_gradients_are_those_without_checkpoints(mode):
 def test_dropout_acts_in_training_only_and_on_the_experts_only():
     spec = MixtureSpec(scales(8, 1), dropout=0.5)
     net, mixture = attach_to_layer(nn.Linear(6, 4), spec, "route")
-    without, _ = attach_to_layer(copy.deepcopy(mixture.layers["layer"].base_layer), MixtureSpec(scales(8, 1)), "off")
-    Mixture.of(without).mode = "route"
+    without, _ = attach_to_layer(nn.Linear(6, 4), MixtureSpec(scales(8, 1)), "route")
+    without.load_state_dict(net.state_dict())
     x = normal(3, 7, 6)
     with torch.no_grad():
         assert torch.equal(net(x, MIXED_T), without(x, MIXED_T))
@@ -687,7 +698,7 @@ def test_dropout_acts_in_training_only_and_on_the_experts_only():
         assert deviation.max() < 5  # the mean is kept: within five standard errors
         for stack in mixture.stacks("n8") + mixture.stacks("n1"):
             stack.B.zero_()
-        assert torch.equal(net(x, MIXED_T), mixture.layers["layer"].base_layer(x))
+        assert torch.equal(net(x, MIXED_T), mixture.layers["layer"].base_layer.forward(x))
 
 
 # Precision, copies, compilation
@@ -704,6 +715,8 @@ def test_bfloat16_stays_close(unet, experts_too):
     effect = max_error(expected, predict(tiny_unet(), MIXED_T))
     if experts_too:
         unet.to(torch.bfloat16)
+        for layer in mixture.layers.values():
+            layer.to(torch.bfloat16)
     assert {p.dtype for p in mixture.state_dict().values()} == {torch.bfloat16 if experts_too else torch.float32}
     latents, text = unet_inputs(3)
     with torch.no_grad(), mixture.recorded_gates() as log:
@@ -823,17 +836,16 @@ def test_compiled_layer_is_not_recompiled_as_t_changes(spread):
 @pytest.mark.parametrize("kind", ROUTED_LAYERS)
 def test_what_is_written_for_compilers_says_the_same(kind, is_shared, monkeypatch):
     make, shape = ROUTED_LAYERS[kind]
-    net, _ = attach_to_layer(make(), MixtureSpec(scales(8, 4, rank=2)), "route")
+    net, mixture = attach_to_layer(make(), MixtureSpec(scales(8, 4, rank=2)), "route")
     assert MAX_TERMS >= 4  # two scales of rank 2: products are written term by term
     t = torch.tensor(437.0) if is_shared else torch.tensor([0.75, 437.25, 1000.0])
     found = []
     for is_compiling in (False, True):
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda said=is_compiling: said)
-        net.zero_grad()
         x = normal(*shape).requires_grad_()
         y = net(x, t)
         y.square().mean().backward()
-        found.append([y.detach(), x.grad, *(p.grad.clone() for p in net.parameters() if p.grad is not None)])
+        found.append([y.detach(), x.grad, *taken_gradients(net, mixture)])
     assert all(max_error(a, b) <= 2e-6 for a, b in zip(*found, strict=True))  # fp32, values near 1
 
 
@@ -905,7 +917,7 @@ def test_half_precision_convolutions_are_as_exact_as_two_convolutions(dtype, t):
     net = torch.nn.ModuleDict({"conv": base})
     mixture = randomise(Mixture.attach(net, MixtureSpec(scales(2)), ["conv"]))
     mixture.mode = "switch"
-    (scale,), stack = mixture.spec.scales, net.conv.experts["n2"]
+    (scale,), stack = mixture.spec.scales, mixture.layers["conv"].experts["n2"]
     owners = scale.partition.index_of(torch.tensor(t)).expand(2)
 
     def two_convolutions(kind):
@@ -919,7 +931,7 @@ def test_half_precision_convolutions_are_as_exact_as_two_convolutions(dtype, t):
     with torch.no_grad():
         exact, rival = two_convolutions(torch.double), two_convolutions(dtype)
         base.to(dtype)
-        net.conv.move_experts(dtype=dtype)
+        mixture.layers["conv"].move_experts(dtype=dtype)
         with mixture.at(torch.tensor(t)):
             ours = net.conv(x.to(dtype))
     error, limit = ((y.double() - exact).abs().mean() for y in (ours, rival))
@@ -940,9 +952,8 @@ def test_a_trick_that_is_left_out_changes_no_number(trick, is_training):
                 y = unet(latents, t, text).sample
                 found.append([y.detach()])
                 if is_training:
-                    unet.zero_grad()
                     y.square().mean().backward()
-                    found[-1] += [p.grad.clone() for p in unet.parameters() if p.grad is not None]
+                    found[-1] += taken_gradients(unet, mixture)
     for with_it, without in zip(found[:2], found[2:], strict=True):
         assert len(with_it) == len(without)
         for a, b in zip(with_it, without, strict=True):

@@ -51,5 +51,5 @@ def test_fused_weights_are_the_base_and_the_sum(
     pipeline.fuse_lora(components=list(parts))
     for path, goal in expected.items():
         part, _, inner = path.partition(".")
-        fused = getattr(pipeline, part).get_submodule(inner).base_layer.weight
+        fused = getattr(pipeline, part).get_submodule(inner).weight
         assert max_error(torch.as_tensor(fused), goal) < 1e-5, path

@@ -7,14 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from timestep_experts.errors import UserError
 from timestep_experts.formats import Bundle, load_bundle
 from timestep_experts.formats.model_folders import DENOISERS
 from timestep_experts.inference.reencode import Reencoder, TextExperts, reencode
-from timestep_experts.mixture import Mixture, MixtureLayer, Mode, fuse
+from timestep_experts.mixture import Mixture, Mode, fuse
+from timestep_experts.mixture.carriers import named_layers, uncompiled
+from timestep_experts.mixture.hooks import layers_in
 from timestep_experts.models import owned_intervals, timestep_scale_of
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def attach(
@@ -76,10 +81,10 @@ def attach(
 
 
 def _make_ready(mixture: Mixture) -> None:
-    """Experts in the base's dtype, and nothing that trains."""
+    """Experts in the base's dtype, unless it is one for storage alone (fp8, integers), and nothing that trains."""
     for layer in mixture.layers.values():
         held = next(layer.base_layer.parameters(), None)
-        layer.move_experts(dtype=held.dtype if held is not None and held.dtype.is_floating_point else None)
+        layer.move_experts(dtype=held.dtype if held is not None and held.dtype in _DTYPES else None)
         layer.experts.requires_grad_(False)
         if layer.router is not None:
             layer.router.requires_grad_(False)
@@ -105,7 +110,7 @@ def mixture_of(pipeline: Any) -> Mixture:
         UserError: it carries none.
     """
     modules = _modules_of(pipeline)
-    carried = {n: [m.name for m in c.modules() if isinstance(m, MixtureLayer)] for n, c in modules.items()}
+    carried = {name: [layer.name for layer in layers_in(part)] for name, part in modules.items()}
     if any(path.startswith(f"{name}.") for name, paths in carried.items() for path in paths):
         return Mixture.of({name: modules[name] for name, paths in carried.items() if paths})
     return Mixture.of(denoiser_of(pipeline))
@@ -120,7 +125,7 @@ def denoiser_of(pipeline: Any) -> nn.Module:
     for name in DENOISERS:
         module = getattr(pipeline, name, None)
         if isinstance(module, nn.Module):
-            return module
+            return uncompiled(module)
     raise UserError(f"a {type(pipeline).__name__} has neither a unet nor a transformer to attach experts to")
 
 
@@ -132,12 +137,12 @@ def _networks_of(pipeline: Any, paths: Sequence[str]) -> dict[str, nn.Module]:
 
 
 def _modules_of(pipeline: Any) -> dict[str, nn.Module]:
-    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return {name: uncompiled(part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
 
 
 def _inner_names(name: str, network: nn.Module, paths: Sequence[str]) -> list[str]:
     wanted = set(paths)
-    return [inner for inner, _ in network.named_modules() if inner and _path(name, inner) in wanted]
+    return [inner for inner in named_layers(network) if _path(name, inner) in wanted]
 
 
 def _path(name: str, inner: str) -> str:

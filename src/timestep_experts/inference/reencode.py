@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from timestep_experts.errors import UserError
 from timestep_experts.formats.model_folders import DENOISERS
 from timestep_experts.mixture import Mixture
+from timestep_experts.mixture.carriers import uncompiled
 
 TextExperts = Literal["step", "interval", "off"]
 _ATTRIBUTE = "_timestep_experts_reencoder"
@@ -77,7 +78,7 @@ class Reencoder:
         for name in DENOISERS:
             denoiser = getattr(self.pipeline, name, None)
             if isinstance(denoiser, nn.Module):
-                self._handles.append(denoiser.register_forward_pre_hook(self._refresh, with_kwargs=True))
+                self._handles.append(uncompiled(denoiser).register_forward_pre_hook(self._refresh, with_kwargs=True))
         self.follow(self.pipeline)
 
     @classmethod
@@ -95,7 +96,8 @@ class Reencoder:
         if self.of(pipeline) is not None:
             raise UserError(f"the prompts of this {type(pipeline).__name__} are encoded anew already")
         names = [name for name in self.mixture.networks if name not in DENOISERS]
-        other = [name for name in names if getattr(pipeline, name, None) is not self.mixture.networks[name]]
+        own = {name: getattr(pipeline, name, None) for name in names}
+        other = [n for n, part in own.items() if part is None or uncompiled(part) is not self.mixture.networks[n]]
         if other:
             raise UserError(
                 f"this {type(pipeline).__name__} does not share {', '.join(other)} with the"
@@ -134,6 +136,7 @@ class Reencoder:
                 " Reencoder.of(first).follow(other), or attach to the other one instead"
             )
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _refresh(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         self._is_drawing, self._earlier = True, []
         t = self.mixture.timesteps

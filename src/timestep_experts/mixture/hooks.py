@@ -1,17 +1,23 @@
-"""How the layers learn the timestep of a call: a hook on the denoiser reads it, and checkpoints remember it."""
+"""Hooks: one on the denoiser reads the timestep of a call, and one on every base layer adds its experts."""
 
 from __future__ import annotations
 
 import inspect
+import sys
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from timestep_experts.mixture.carriers import require_separate_projections
+from timestep_experts.mixture.layer import MixtureLayer
 from timestep_experts.mixture.state import MixtureState, Mode, StepContext
+
+_SCALE_ARGUMENTS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 
 class NetworkHook(ABC):
@@ -52,6 +58,33 @@ def remove_hook(network: nn.Module, hook: NetworkHook) -> None:
             network._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
+def add_layer(layer: MixtureLayer) -> None:
+    """Let a layer with experts change the output of its base layer, before hooks of others see it."""
+    layer.base_layer.register_forward_hook(layer.after_base, prepend=True, with_kwargs=True)
+
+
+def layers_in(network: nn.Module) -> Iterator[MixtureLayer]:
+    """The layers with experts that sit on a network's modules."""
+    for module in network.modules():
+        owners = (getattr(function, "__self__", None) for function in list(module._forward_hooks.values()))
+        yield from (owner for owner in owners if isinstance(owner, MixtureLayer))
+
+
+def remove_layer(layer: MixtureLayer) -> None:
+    """Let the base layer's output be its own again."""
+    base = layer.base_layer
+    for key, function in list(base._forward_hooks.items()):
+        if getattr(function, "__self__", None) is layer:
+            del base._forward_hooks[key]
+            base._forward_hooks_with_kwargs.pop(key, None)
+
+
+def forget_compiled() -> None:
+    """Let what is compiled be compiled anew at its next call: compiled code does not see that hooks come and go."""
+    if "torch._dynamo" in sys.modules:  # else nothing has been compiled
+        torch.compiler.reset()
+
+
 @dataclass(eq=False)
 class TimestepReader(NetworkHook):
     """Reads the timestep of a call of the denoiser and makes it the mixture's running step.
@@ -62,6 +95,7 @@ class TimestepReader(NetworkHook):
         position: of the timestep among the parameters; ``None`` for a network that takes none.
         argument: the timestep's name.
         scale: t is this times what the denoiser receives.
+        attentions: those whose projections carry experts; fused projections are refused.
     """
 
     state: MixtureState
@@ -69,17 +103,23 @@ class TimestepReader(NetworkHook):
     position: int | None
     argument: str
     scale: float
+    attentions: Sequence[Any] = ()
 
     @classmethod
-    def of(cls, network: nn.Module, state: MixtureState, argument: str, scale: float) -> TimestepReader:
+    def of(
+        cls, network: nn.Module, state: MixtureState, argument: str, scale: float, attentions: Sequence[Any] = ()
+    ) -> TimestepReader:
         """Make the hook for a network whose ``forward`` takes the timestep by that name, or takes none."""
         names = list(inspect.signature(network.forward).parameters)
-        return cls(state, names[0], names.index(argument) if argument in names else None, argument, scale)
+        position = names.index(argument) if argument in names else None
+        return cls(state, names[0], position, argument, scale, attentions)
 
     def before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Set the running step. A text encoder takes no timestep, so it has none but the one that a caller bound."""
         if self.state.mode == "off":
             return
+        require_separate_projections(self.attentions)
+        _warn_of_ignored_scale(kwargs)
         if self.position is not None:
             sample = args[0] if args else kwargs[self.first]
             t = kwargs[self.argument] if self.argument in kwargs else args[self.position]
@@ -109,6 +149,18 @@ class TimestepReader(NetworkHook):
             function = getattr(module, "_gradient_checkpointing_func", None)
             if isinstance(function, StepCheckpoint):
                 module._gradient_checkpointing_func = function.function  # type: ignore[assignment]
+
+
+def _warn_of_ignored_scale(kwargs: Mapping[str, Any]) -> None:
+    """Say that the scale of LoRAs, which diffusers takes in a call, is not one of experts."""
+    for name in _SCALE_ARGUMENTS:
+        scale = (kwargs.get(name) or {}).get("scale", 1)
+        if scale != 1:
+            warnings.warn(
+                f"{name}={{'scale': {scale}}} weakens LoRAs alone: timestep experts act in full. To call the denoiser"
+                " without them, set the mixture's mode to 'off'",
+                stacklevel=2,
+            )
 
 
 @dataclass

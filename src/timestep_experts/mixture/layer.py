@@ -23,10 +23,10 @@ from timestep_experts.mixture.state import MixtureState, StepContext, per_row
 
 
 class MixtureLayer(nn.Module):
-    """A base layer and its experts, one stack per scale, with a router if any scale is gated.
+    """The experts of one base layer, one stack per scale, with a router if any scale is gated.
 
-    Attributes that this module lacks are read from the base layer, so code that looks at ``weight`` or
-    ``in_features`` keeps working.
+    The base layer stays where it is. A hook on it adds the experts to its output, so a network keeps its modules, its
+    ``state_dict`` and whatever others have done to it: LoRAs around the layer, offloading, compilation.
 
     Args:
         base_layer: a linear layer or a convolution.
@@ -39,10 +39,12 @@ class MixtureLayer(nn.Module):
         UserError: the layer cannot carry experts, or a gate per position is wanted and it changes the positions.
     """
 
+    base_layer: nn.Module
+
     def __init__(self, base_layer: nn.Module, state: MixtureState, name: str, owned: Interval | None = None) -> None:
         super().__init__()
         spec = state.spec
-        self.base_layer = base_layer
+        vars(self)["base_layer"] = base_layer  # known, but not a part of this module: it belongs to its network
         self.name = name
         self.state = state
         self.dropout = spec.dropout
@@ -69,37 +71,47 @@ class MixtureLayer(nn.Module):
         met = [i for i, interval in enumerate(scale.partition.intervals) if owned is None or interval.meets(owned)]
         return ExpertStack(self.geometry, len(met), scale.rank, self.name, met[0] if owned else None)
 
-    def __getattr__(self, name: str) -> Any:
-        """Fall back to the base layer."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("base_layer"), name)
+    def train(self, mode: bool = True) -> MixtureLayer:
+        """Set the training mode of the base layer too: dropout of the experts follows it."""
+        self.base_layer.train(mode)
+        return super().train(mode)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def move_experts(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         """Move experts and router to a device, and the experts to a dtype; routers stay fp32."""
-        self.experts.to(device, dtype)
-        if self.router is not None:
-            self.router.to(device)
+        with torch.inference_mode(False):
+            self.experts.to(device, dtype)
+            if self.router is not None:
+                self.router.to(device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``y + sum_j gate_j * (alpha_j / r_j) * B_j[i_j] A_j[i_j] x``, y being the base layer's output (TSM, eq. 5).
+    def after_base(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        """The hook on the base layer."""
+        return self.forward(args[0] if args else next(iter(kwargs.values())), y)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """``y + sum_j gate_j * (alpha_j / r_j) * B_j[i_j] A_j[i_j] x``  (TSM, eq. 5).
 
         The sum goes over the scales that are active in the mixture's mode, and ``i_j`` is the expert of scale j that
-        owns the sample's timestep. Shapes are the base layer's.
+        owns the sample's timestep.
+
+        Args:
+            x: the base layer's input.
+            y: its output. Experts work where it is, and move there if they are elsewhere.
 
         Raises:
             RuntimeError: experts are active and no timestep is known.
         """
-        y: Tensor = self.base_layer(x)
         scales = self.state.active_scales()
         if not scales:
             return y
         step, kernels = self._running_step(), self.state.kernels
         stacks: list[Any] = [self.experts[scale.name] for scale in scales]
+        if stacks[0].A.device != y.device:
+            self.move_experts(y.device)
+        x = x.to(y.device)  # a layer that is offloaded by itself gets its input from anywhere
         expert_index = [per_row(step.expert_index[scale.name], len(x)) for scale in scales]
         experts = kernels.gather(stacks, expert_index, len(x), self.geometry.groups)
-        kept = functional.dropout(x, self.dropout) if self.dropout and self.training else x
+        kept = functional.dropout(x, self.dropout) if self.dropout and self.base_layer.training else x
         hidden, pooled = kernels.read(kept, x if self._pools_input() else None, experts, self.geometry)
         strengths = self._strengths(scales, self._positions(x) if pooled is None else pooled, step)
         return kernels.add(self.base_layer, y, hidden, experts, strengths, self.geometry)

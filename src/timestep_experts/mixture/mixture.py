@@ -10,8 +10,24 @@ from torch import Tensor, nn
 
 from timestep_experts.errors import UserError
 from timestep_experts.intervals import Interval
+from timestep_experts.mixture.carriers import (
+    attentions_of,
+    named_layers,
+    require_separate_projections,
+    uncompiled,
+)
 from timestep_experts.mixture.fast import FastKernels
-from timestep_experts.mixture.hooks import NetworkHook, TimestepReader, add_hook, hooks_of, remove_hook
+from timestep_experts.mixture.hooks import (
+    NetworkHook,
+    TimestepReader,
+    add_hook,
+    add_layer,
+    forget_compiled,
+    hooks_of,
+    layers_in,
+    remove_hook,
+    remove_layer,
+)
 from timestep_experts.mixture.kernels import Kernels
 from timestep_experts.mixture.layer import MixtureLayer
 from timestep_experts.mixture.parameters import MixtureParameters
@@ -64,22 +80,24 @@ class Mixture(MixtureParameters):
         patterns = target_modules if isinstance(target_modules, Mapping) else dict.fromkeys(named, target_modules)
         matches = {name: match_all(network, patterns[name]) for name, network in named.items()}
         state = MixtureState(spec, kernels or default_kernels())
-        layers = {}
+        layers, readers = {}, {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for name, network in named.items():
+                found = named_layers(network)
+                attentions = attentions_of(found, matches[name])
+                require_separate_projections(attentions)
+                readers[name] = TimestepReader.of(network, state, timestep_argument, timestep_scale, attentions)
                 for module in matches[name]:
                     path = f"{name}.{module}" if name else module
-                    interval = (owned or {}).get(name)
-                    layers[path] = MixtureLayer(network.get_submodule(module), state, path, interval)
-        mixture = cls(state, named, layers)
-        for path, layer in layers.items():
+                    layers[path] = MixtureLayer(found[module], state, path, (owned or {}).get(name))
+        for layer in layers.values():
             layer.move_experts(_device_of(layer.base_layer))
-            layer.train(layer.base_layer.training)
-            mixture._replace_module(path, layer)
-        for network in named.values():
-            add_hook(network, TimestepReader.of(network, state, timestep_argument, timestep_scale))
-        return mixture
+            add_layer(layer)
+        for name, network in named.items():
+            add_hook(network, readers[name])
+        forget_compiled()
+        return cls(state, named, layers)
 
     @classmethod
     def of(cls, networks: Networks) -> Mixture:
@@ -89,19 +107,19 @@ class Mixture(MixtureParameters):
             UserError: they carry none.
         """
         named = _by_name(networks)
-        modules = (module for network in named.values() for module in network.modules())
-        layers = {module.name: module for module in modules if isinstance(module, MixtureLayer)}
+        layers = {layer.name: layer for network in named.values() for layer in layers_in(network)}
         if not layers:
             kinds = ", ".join(type(network).__name__ for network in named.values())
             raise UserError(f"this {kinds} carries no mixture of experts")
         return cls(next(iter(layers.values())).state, named, layers)
 
     def detach(self) -> None:
-        """Put the base layers back and remove the hooks; every ``state_dict`` is what it was, to the byte."""
+        """Remove the hooks; every ``state_dict`` is what it was, to the byte."""
         for network, hook in self._hooks():
             remove_hook(network, hook)
-        for path, layer in self.layers.items():
-            self._replace_module(path, layer.base_layer)
+        for layer in self.layers.values():
+            remove_layer(layer)
+        forget_compiled()
 
     @property
     def spec(self) -> MixtureSpec:
@@ -175,25 +193,22 @@ class Mixture(MixtureParameters):
         """All hooks with their networks, the latest of each network first."""
         return [(network, hook) for network in self.networks.values() for hook in reversed(list(hooks_of(network)))]
 
-    def _replace_module(self, path: str, module: nn.Module) -> None:
-        name, inner = self.split_path(path)
-        parent, _, leaf = inner.rpartition(".")
-        setattr(self.networks[name].get_submodule(parent), leaf, module)
-
 
 @contextmanager
 def bound_to(networks: Iterable[nn.Module], t: Tensor) -> Iterator[None]:
     """Do as `Mixture.at` for the mixture that some networks carry; do nothing if they carry none."""
-    layers = (module for network in networks for module in network.modules() if isinstance(module, MixtureLayer))
-    first = next(layers, None)
+    first = next((layer for network in networks for layer in layers_in(network)), None)
     with nullcontext() if first is None else first.state.bound(t.reshape(-1).float()):
         yield
 
 
 def _by_name(networks: Networks) -> dict[str, nn.Module]:
-    return {"": networks} if isinstance(networks, nn.Module) else dict(networks)
+    named = {"": networks} if isinstance(networks, nn.Module) else dict(networks)
+    return {name: uncompiled(network) for name, network in named.items()}
 
 
 def _device_of(layer: nn.Module) -> torch.device | None:
+    """Where a layer stands now. What is offloaded stands nowhere; its experts move at the first call."""
     held = next((tensor for tensors in (layer.parameters(), layer.buffers()) for tensor in tensors), None)
-    return None if held is None else held.device
+    is_offloaded = held is not None and held.is_meta and "forward" in vars(layer)
+    return None if held is None or is_offloaded else held.device

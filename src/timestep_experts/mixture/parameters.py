@@ -84,10 +84,7 @@ class MixtureParameters:
     def state_dict(self) -> dict[str, Tensor]:
         """Every expert and router tensor, by ``<path>.experts.<scale>.A`` and the like; nothing of the base."""
         return {
-            f"{path}.{key}": value
-            for path, layer in self.layers.items()
-            for key, value in layer.state_dict().items()
-            if not key.startswith("base_layer.")
+            f"{path}.{key}": value for path, layer in self.layers.items() for key, value in layer.state_dict().items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

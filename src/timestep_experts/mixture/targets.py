@@ -10,8 +10,9 @@ from typing import TypeAlias
 from torch import nn
 
 from timestep_experts.errors import UserError
+from timestep_experts.mixture.carriers import named_layers
 from timestep_experts.mixture.geometry import LayerGeometry
-from timestep_experts.mixture.layer import MixtureLayer
+from timestep_experts.mixture.hooks import layers_in
 
 Networks: TypeAlias = nn.Module | Mapping[str, nn.Module]
 """One network, or several by name: a denoiser and its text encoders, or two denoisers that share out the timesteps."""
@@ -31,12 +32,8 @@ def match_targets(model: nn.Module, target_modules: Targets) -> list[str]:
         target_modules: a regular expression that a full name must match, or a list of which an element must equal the
             name or its last dotted parts.
     """
-    carriers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, MixtureLayer))
-    free = (
-        name
-        for name, module in model.named_modules()
-        if name and not isinstance(module, MixtureLayer) and not name.startswith(carriers)
-    )
+    carriers = {id(layer.base_layer) for layer in layers_in(model)}
+    free = [name for name, module in named_layers(model).items() if id(module) not in carriers]
     if isinstance(target_modules, str):
         return [name for name in free if re.fullmatch(target_modules, name)]
     endings = tuple(f".{target}" for target in target_modules)
@@ -49,7 +46,7 @@ def match_all(network: nn.Module, targets: Targets) -> list[str]:
     Raises:
         UserError: the network carries a mixture already, or patterns match nothing, with the closest there are.
     """
-    if any(isinstance(module, MixtureLayer) for module in network.modules()):
+    if any(layers_in(network)):
         raise UserError(f"this {type(network).__name__} already carries a mixture of experts; detach it first")
     names = match_targets(network, targets)
     patterns = [targets] if isinstance(targets, str) else list(targets)
@@ -69,7 +66,7 @@ def _unmatched(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
 
 def _closest(network: nn.Module, pattern: str) -> list[str]:
     """Endings of the names of layers that can carry experts, the likest to a pattern first, in as many parts."""
-    names = [name for name, module in network.named_modules() if name and _can_carry(module)]
+    names = [name for name, module in named_layers(network).items() if _can_carry(module)]
     endings = dict.fromkeys(_ending(name, pattern.count(".") + 1) for name in names)
     likeness = {ending: difflib.SequenceMatcher(None, pattern, ending).ratio() for ending in endings}
     ranked = sorted(endings, key=lambda ending: -likeness[ending])[:_NUM_CLOSEST]

@@ -81,7 +81,7 @@ class FusedStep(StepContext):
 class FusedExperts(NetworkHook):
     """The fused layers of one denoiser, and the hook that exchanges their experts.
 
-    Every layer keeps its own weight W0 as a buffer that is in no ``state_dict`` and moves with the layer. The weight is
+    Every layer keeps its own weight W0 as a buffer that is in no ``state_dict`` and moves with it. The weight is
     always made from W0 and never from its predecessor, so it does not drift, and W0 comes back to the byte.
 
     Three kinds of layers keep their experts beside them and give the same outputs: grouped convolutions (A reads all
@@ -102,6 +102,7 @@ class FusedExperts(NetworkHook):
         for layer in layers:
             _require_plain_weight(layer)
         self.state = state
+        self._network, self._loras = network, _fused_loras(network)
         self.layers = [layer for layer in layers if _is_exact(layer.base_layer) and uses[id(_weight(layer))] == 1]
         self._carriers = list(layers)
         self._held: dict[str, int] | None = {}  # the experts in the weights, by scale; None: the weights are unknown
@@ -112,7 +113,7 @@ class FusedExperts(NetworkHook):
         """Copy W0 of all layers, or of none where memory ends."""
         kept = [_weight(layer).detach().clone() for layer in self.layers]
         for layer, weight in zip(self.layers, kept, strict=True):
-            layer.register_buffer("unfused_weight", weight, persistent=False)
+            layer.base_layer.register_buffer("unfused_weight", weight, persistent=False)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG002
@@ -124,7 +125,7 @@ class FusedExperts(NetworkHook):
         if self.state.mode == "off":
             self.hold({})
             return
-        if torch.is_grad_enabled() or any(layer.training and layer.dropout for layer in self._carriers):
+        if torch.is_grad_enabled() or any(layer.base_layer.training and layer.dropout for layer in self._carriers):
             raise UserError(
                 "fused experts are for inference: call the denoiser under torch.no_grad() and in evaluation mode, or"
                 " unfuse them first (unfuse)"
@@ -147,7 +148,7 @@ class FusedExperts(NetworkHook):
         """Put W0 back, to the byte, and drop the copies."""
         self.hold({})
         for layer in self.layers:
-            del layer.unfused_weight
+            del layer.base_layer.unfused_weight
 
     @torch.no_grad()
     def hold(self, owners: Mapping[str, int]) -> None:
@@ -156,15 +157,21 @@ class FusedExperts(NetworkHook):
         Nothing is done where the weights hold them already and no expert has changed since.
 
         Raises:
-            UserError: experts can no longer be added to a weight.
+            UserError: experts can no longer be added to a weight, or LoRAs were fused into the weights since, or
+                unfused.
         """
         versions = self._read_versions()
         if owners == self._held and (not owners or versions == self._versions):
             return
+        if _fused_loras(self._network) != self._loras:
+            raise UserError(
+                "LoRAs were fused or unfused (fuse_lora, unfuse_lora) while experts are fused into the same weights;"
+                " undo that, unfuse the experts (unfuse), and fuse LoRAs before experts"
+            )
         self._held = None  # in case one of the layers fails
         for layer in self.layers:
             _require_plain_weight(layer)  # it may have been offloaded since
-            _weight(layer).copy_(fused_weight(layer, owners) if owners else layer.unfused_weight)
+            _weight(layer).copy_(fused_weight(layer, owners) if owners else _kept_weight(layer))
             if owners:
                 layer.forward = MethodType(_forward_fused, layer)  # type: ignore[method-assign]
             else:
@@ -184,7 +191,7 @@ def fused_weight(layer: MixtureLayer, owners: Mapping[str, int]) -> Tensor:
         layer: with its kept weight W0.
         owners: i_j, the expert of each active scale.
     """
-    kept: Tensor = layer.unfused_weight
+    kept = _kept_weight(layer)
     with torch.autocast(kept.device.type, enabled=False):
         total = kept.to(torch.promote_types(kept.dtype, torch.float32)).flatten(1)
         for scale in layer.state.spec.scales:
@@ -196,19 +203,28 @@ def fused_weight(layer: MixtureLayer, owners: Mapping[str, int]) -> Tensor:
         return total.view(kept.shape)
 
 
-def _forward_fused(layer: MixtureLayer, x: Tensor) -> Tensor:
-    """The forward pass of a layer whose weight holds the experts of the denoiser's running call."""
+def _forward_fused(layer: MixtureLayer, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001 - y holds all that x gives
+    """What a layer adds whose weight holds the experts of the denoiser's running call: nothing."""
     if layer.state.mode != "switch" or not isinstance(layer.state.step, FusedStep):
         raise RuntimeError(
             f"{layer.name}: experts are fused into this layer's weight, for calls of the whole denoiser alone;"
             " unfuse(mixture) first"
         )
-    y: Tensor = layer.base_layer(x)
     return y
+
+
+def _fused_loras(network: nn.Module) -> list[tuple[str, ...]]:
+    """The adapters that PEFT has merged into weights, layer by layer."""
+    merged = (getattr(module, "merged_adapters", ()) for module in network.modules())
+    return [tuple(names) for names in merged if names]
 
 
 def _weight(layer: MixtureLayer) -> nn.Parameter:
     return layer.base_layer.weight  # type: ignore[return-value]  # a plain one, by _require_plain_weight
+
+
+def _kept_weight(layer: MixtureLayer) -> Tensor:
+    return layer.base_layer.unfused_weight  # type: ignore[return-value]  # a buffer, by keep_weights
 
 
 def _require_plain_weight(layer: MixtureLayer) -> None:

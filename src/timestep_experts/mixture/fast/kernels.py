@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 
 from timestep_experts.mixture.experts import ExpertStack
 from timestep_experts.mixture.fast.products import MAX_TERMS, add_planes, add_rows, project_planes, project_rows
@@ -132,7 +133,8 @@ class FastKernels:
 def _may_be_overwritten(base_layer: nn.Module) -> bool:
     """Whether the base layer's output is a new tensor that nobody else has seen, autograd included."""
     is_plain = type(base_layer) in _PLAIN_LAYERS and "forward" not in vars(base_layer)  # offloading, caches replace it
-    return is_plain and not torch.is_grad_enabled() and not base_layer._forward_hooks
+    is_seen = len(base_layer._forward_hooks) > 1 or torch_modules._global_forward_hooks  # one hook is the experts' own
+    return is_plain and not is_seen and not torch.is_grad_enabled()
 
 
 def _over_ranks(strengths: Sequence[Strength], ups: Sequence[Tensor]) -> Tensor:
