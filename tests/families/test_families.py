@@ -456,12 +456,15 @@ def test_each_step_calls_the_expert_that_owns_its_timestep(mode: str, name: str)
     mixture = attach(pipeline, make_bundle(name), mode)
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def note(layer: Any, *_: object) -> None:
+    def note(*_: object) -> None:
         seen.append(
-            (layer.state.step.t.clone(), layer.state.step.expert_index["n4"].expand_as(layer.state.step.t).clone())
+            (
+                mixture.state.step.t.clone(),
+                mixture.state.step.expert_index["n4"].expand_as(mixture.state.step.t).clone(),
+            )
         )
 
-    next(iter(mixture.layers.values())).register_forward_hook(note)
+    next(iter(mixture.layers.values())).base_layer.register_forward_hook(note)
     draw(pipeline, num_inference_steps=8)
     timesteps = pipeline.scheduler.timesteps
     assert len(seen) == len(timesteps)
@@ -509,7 +512,8 @@ def test_fostering_lowers_the_loss(name: str, family: Family) -> None:
         optimiser.step()
         losses.append(each.detach())
     assert (losses[-1] < 0.9 * losses[0]).all(), (losses[0], losses[-1])
-    assert {id(p) for p in family.denoiser.parameters() if p.grad is not None} == {id(p) for p in experts}
+    assert {id(p) for p in mixture.parameters() if p.grad is not None} == {id(p) for p in experts}
+    assert not any(p.grad is not None for p in family.denoiser.parameters())
 
 
 def test_gradient_checkpointing_changes_no_gradient(name: str, family: Family) -> None:

@@ -92,7 +92,7 @@ def foreseen(source: str, *, checkpoints: bool, precision: str = "no", parts: in
     family = meta_model.make_family(with_second_denoiser=False)
     if checkpoints:
         family.checkpoint_gradients()
-    with fake_networks(list(meta_model.networks.values())):
+    with fake_networks([*meta_model.networks.values(), *mixture.trained_modules()]):
         pictures = fake_pictures(family, (3, *((5,) if family.is_video else ()), 32, 32), as_tokens=False)
         stage = make_stage(mixture, is_second=options.get("is_second", False))
         accelerator = options.get("on_accelerator", False)

@@ -68,12 +68,15 @@ def test_each_step_meets_the_expert_of_its_timestep(make: Any, monkeypatch: pyte
     seen: list[tuple[list[float], list[int]]] = []
     shapes: set[tuple[int, ...]] = set()
 
-    def note(layer: Any, *_: object) -> None:
+    def note(*_: object) -> None:
         seen.append(
-            (layer.state.step.t.tolist(), layer.state.step.expert_index["n4"].expand_as(layer.state.step.t).tolist())
+            (
+                mixture.state.step.t.tolist(),
+                mixture.state.step.expert_index["n4"].expand_as(mixture.state.step.t).tolist(),
+            )
         )
 
-    next(iter(mixture.layers.values())).register_forward_hook(note)
+    next(iter(mixture.layers.values())).base_layer.register_forward_hook(note)
     pipeline.transformer.register_forward_pre_hook(
         lambda _, __, kwargs: shapes.add(tuple(kwargs["timestep"].shape)), with_kwargs=True
     )

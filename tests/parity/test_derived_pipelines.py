@@ -134,12 +134,15 @@ def test_sampling_that_starts_in_the_middle_meets_the_experts_of_its_timesteps(s
     mixture = attach(pipeline, make_bundle(WAYS[way][0]), "switch")
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def note(layer: Any, *_: object) -> None:
+    def note(*_: object) -> None:
         seen.append(
-            (layer.state.step.t.clone(), layer.state.step.expert_index["n4"].expand_as(layer.state.step.t).clone())
+            (
+                mixture.state.step.t.clone(),
+                mixture.state.step.expert_index["n4"].expand_as(mixture.state.step.t).clone(),
+            )
         )
 
-    next(iter(mixture.layers.values())).register_forward_hook(note)
+    next(iter(mixture.layers.values())).base_layer.register_forward_hook(note)
     derived = derive(pipeline)
     draw(derived, strength=strength)
     expected = derived.scheduler.timesteps.tolist()[-len(seen) :]
@@ -233,15 +236,15 @@ def test_pure_noise_at_t_1000_belongs_to_the_last_interval(count: int, make_pipe
     mixture.mode = "switch"
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def note(layer: Any, *_: object) -> None:
+    def note(*_: object) -> None:
         seen.append(
             (
-                layer.state.step.t.clone(),
-                layer.state.step.expert_index[f"n{count}"].expand_as(layer.state.step.t).clone(),
+                mixture.state.step.t.clone(),
+                mixture.state.step.expert_index[f"n{count}"].expand_as(mixture.state.step.t).clone(),
             )
         )
 
-    next(iter(mixture.layers.values())).register_forward_hook(note)
+    next(iter(mixture.layers.values())).base_layer.register_forward_hook(note)
     pipeline.set_progress_bar_config(disable=True)
     size = {"num_frames": 5} if "Wan" in type(pipeline).__name__ else {}
     pipeline(prompt="a red star", height=16, width=16, num_inference_steps=3, output_type="latent", **size)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from timestep_experts.build import build_base_dtype, build_decode_settings, build_optimiser_settings
 from timestep_experts.config import OptimizerConfig, Recipe
@@ -122,7 +123,12 @@ def planned_device(recipe: Recipe) -> str:
 
 
 def estimate_peaks(
-    recipe: Recipe, meta_model: MetaModel, make: Callable[[Family], Sequence[Training]], *, trains_text: bool
+    recipe: Recipe,
+    meta_model: MetaModel,
+    make: Callable[[Family], Sequence[Training]],
+    *,
+    beside: Iterable[nn.Module] = (),
+    trains_text: bool,
 ) -> list[tuple[Training, int]]:
     """The most bytes that one step of each training needs beside what is held, measured on fake tensors.
 
@@ -130,6 +136,7 @@ def estimate_peaks(
         recipe: of the run.
         meta_model: its base, whose parameters become fake.
         make: the trainings, of those parameters.
+        beside: modules of the meta device that stand beside the base's networks, such as layers of experts.
         trains_text: whether text encoders carry experts, so that captions are kept as tokens.
     """
     # A sample meets one of two denoisers, and they are alike.
@@ -138,7 +145,7 @@ def estimate_peaks(
         family.set_max_sequence_length(recipe.max_sequence_length)
     if recipe.training.gradient_checkpointing:
         family.checkpoint_gradients()
-    with fake_networks(list(meta_model.networks.values())), warnings.catch_warnings():
+    with fake_networks([*meta_model.networks.values(), *beside]), warnings.catch_warnings():
         # A copy of a fake tensor asks for its address.
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         dataset = fake_pictures(family, _pixel_shape(recipe, family), as_tokens=trains_text)

@@ -148,7 +148,7 @@ def step_peak(
     parameters = stage.parameters()
     gradients = 4 * sum(parameter.numel() for parameter in parameters)
     chunk = _fake_batch(-(-stage.plan.batch_size // accumulation_steps), dataset, family)
-    held = [*_tensors_of(family), *parameters, dataset.latents, *dataset.features.values()]
+    held = [*_tensors_of(training), *parameters, dataset.latents, *dataset.features.values()]
     meter = PeakMeter(held)
     stage.set_mode()
     with gradients_of(training), autocast_of_accelerators() if on_accelerator else nullcontext():
@@ -161,10 +161,11 @@ def step_peak(
     return max(gradients, meter.peak + (gradients if accumulation_steps > 1 else 0))
 
 
-def _tensors_of(family: Family) -> list[Tensor]:
-    """Parameters and buffers of all networks of a family, experts included."""
-    networks = [part for part in family.parts.components.values() if isinstance(part, nn.Module)]
-    return [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
+def _tensors_of(training: Training) -> list[Tensor]:
+    """Parameters and buffers of all networks of the family, and of what stands beside them: the layers of experts."""
+    networks = [part for part in training.family.parts.components.values() if isinstance(part, nn.Module)]
+    modules = [*networks, *training.trainee.trained_modules()]
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
 def _fake_batch(size: int, dataset: EncodedDataset, family: Family) -> Batch:

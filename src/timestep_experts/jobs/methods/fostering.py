@@ -118,7 +118,7 @@ class Fostering(LowRankMethod):
         def make(family: Family) -> list[Training]:
             return [Training(stage, mixture, family) for stage in self._stages(mixture, meta_model)]
 
-        peaks = estimate_peaks(self.recipe, meta_model, make, trains_text=trains_text)
+        peaks = estimate_peaks(self.recipe, meta_model, make, beside=mixture.trained_modules(), trains_text=trains_text)
         memory = [self._memory(base, mixture, training.stage, peak) for training, peak in peaks]
         return [replace(plan, memory=estimated) for plan, estimated in zip(plans, memory, strict=True)]
 
