@@ -146,7 +146,7 @@ def prepare(name: str, options: str) -> tuple[Family, Mixture]:
     if "checkpointing" in options:
         family.checkpoint_gradients()
     spec = MixtureSpec((Scale("n4", Partition.uniform(INTERVALS), RANK, RANK),))
-    return family, Mixture.attach(family.denoisers, spec, TARGETS, timestep_scale=family.timestep_scale)
+    return family, Mixture.attach(family.denoisers, spec, TARGETS)
 
 
 def make_stage(mixture: Mixture) -> Stage:

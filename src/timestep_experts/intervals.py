@@ -7,9 +7,10 @@ converted from it and shown, never stored.
 
 from __future__ import annotations
 
+import inspect
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, overload
@@ -332,9 +333,33 @@ def steps_per_interval(partition: Partition, timesteps: Sequence[float]) -> list
     return steps
 
 
+def is_flow(scheduler: NoiseSchedule) -> bool:
+    """Whether a scheduler is of flow models: by its kind, or because it was told to be (``use_flow_sigmas``)."""
+    kind = type(scheduler)
+    config: Mapping[str, object] = getattr(scheduler, "config", {})
+    return "FlowMatch" in kind.__name__ or (takes_flow_sigmas(kind) and bool(config.get("use_flow_sigmas")))
+
+
+def takes_flow_sigmas(kind: type) -> bool:
+    """Whether schedulers of a class can be told to be of flow models. Other classes keep the option unread."""
+    return "use_flow_sigmas" in inspect.signature(kind.__init__).parameters  # type: ignore[misc]  # of no instance
+
+
 def _alphas_cumprod(scheduler: NoiseSchedule) -> Tensor | None:
+    """The table of a DDPM-like scheduler; ``None`` of one for flow models.
+
+    Raises:
+        UserError: it is neither, as one of EDM.
+    """
+    if is_flow(scheduler):
+        return None
     alphas: Tensor | None = getattr(scheduler, "alphas_cumprod", None)
-    return None if alphas is None else alphas.double().cpu()
+    if alphas is None:
+        raise UserError(
+            f"a {type(scheduler).__name__} tells neither DDPM's alphas_cumprod nor that it is of a flow model, so what"
+            " its timesteps mean is not known"
+        )
+    return alphas.double().cpu()
 
 
 def _interpolate(values: Tensor, t: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from conftest import max_error, normal, randomise, scales
 from timestep_experts.formats import Bundle, load_bundle, save_bundle
 from timestep_experts.inference import SampleSettings, attach, detach, sample
 from timestep_experts.intervals import LogitNormalDensity, Partition, UniformDensity
-from timestep_experts.mixture import Mixture, MixtureSpec
+from timestep_experts.mixture import Mixture, MixtureSpec, timestep_input_of
 from timestep_experts.models import (
     DDPM,
     FAMILIES,
@@ -86,7 +86,7 @@ def make_family(name: str) -> Family:
 
 def equip(name: str, family: Family, mode: str = "route") -> Mixture:
     """Random experts on a family's denoiser."""
-    mixture = Mixture.attach(family.denoiser, SPEC, TARGETS[name], timestep_scale=family.timestep_scale)
+    mixture = Mixture.attach(family.denoiser, SPEC, TARGETS[name])
     randomise(mixture).mode = mode
     return mixture
 
@@ -352,7 +352,7 @@ class Calls(list[tuple[Tensor, Tensor, Tensor]]):
         noisy, said = next(iter(given.values())), output[0]
         if isinstance(self.family, Flux):
             noisy, said = (diffusers.FluxPipeline._unpack_latents(x, 16, 16, 2) for x in (noisy, said))
-        t = given["timestep"].reshape(-1).expand(len(noisy)) * self.family.timestep_scale
+        t = timestep_input_of(denoiser).t_of(given["timestep"].reshape(-1).expand(len(noisy)))
         self.append((noisy.clone(), t.clone(), said[:, : noisy.shape[1]].clone()))
 
     def stop(self) -> None:
@@ -497,7 +497,7 @@ def test_a_bundle_of_another_family_is_refused(other: str, name: str) -> None:
 
 def test_fostering_lowers_the_loss(name: str, family: Family) -> None:
     noise = family.noise
-    mixture = Mixture.attach(family.denoiser, SPEC, TARGETS[name], timestep_scale=family.timestep_scale)
+    mixture = Mixture.attach(family.denoiser, SPEC, TARGETS[name])
     mixture.foster("n4")
     latents, features = inputs_of(family, 4)
     t, drawn = torch.tensor([100, 300, 600, 900]), normal(*latents.shape, seed=1)

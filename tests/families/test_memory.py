@@ -88,7 +88,7 @@ def make_stage(mixture: Mixture, *, is_second: bool = False) -> Stage:
 
 def foreseen(source: str, *, checkpoints: bool, precision: str = "no", parts: int = 1, **options: bool) -> int:
     meta_model = read_meta_model(source)
-    mixture = Mixture.attach(meta_model.denoisers, SPEC, TARGETS, timestep_scale=meta_model.family.timestep_scale)
+    mixture = Mixture.attach(meta_model.denoisers, SPEC, TARGETS)
     family = meta_model.make_family(with_second_denoiser=False)
     if checkpoints:
         family.checkpoint_gradients()
@@ -105,7 +105,7 @@ def taken(source: str, *, checkpoints: bool, precision: str = "no", parts: int =
     family = load_family(source, CPU)
     if checkpoints:
         family.checkpoint_gradients()
-    mixture = Mixture.attach(family.denoisers, SPEC, TARGETS, timestep_scale=family.timestep_scale)
+    mixture = Mixture.attach(family.denoisers, SPEC, TARGETS)
     stage = make_stage(mixture, is_second=is_second)
     pictures = fake_pictures(family, (3, *((5,) if family.is_video else ()), 32, 32), as_tokens=False)
     rows = torch.zeros(4 // parts, dtype=torch.long)

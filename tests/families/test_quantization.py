@@ -64,9 +64,7 @@ def test_a_quantised_family_predicts_nearly_the_same_and_experts_of_zero_change_
         error = (expected - base).abs().max().item()
         assert 0 < error < 0.05 * expected.abs().max().item()
         spec = MixtureSpec(scales(4, 1))
-        mixture = Mixture.attach(
-            few.denoisers, spec, ATTENTION, owned=few.owned_intervals, timestep_scale=few.timestep_scale
-        )
+        mixture = Mixture.attach(few.denoisers, spec, ATTENTION, owned=few.owned_intervals)
         for mode in ("switch", "route"):
             mixture.mode = mode
             assert torch.equal(few.predict(*inputs), base)
@@ -88,7 +86,7 @@ def test_experts_over_a_quantised_base_learn(name: str, dtype: torch.dtype, prec
     before = [t.clone() for value in family.denoiser.state_dict().values() for t in plain_tensors(value)]
     spec = MixtureSpec(scales(2, rank=8, alpha=8))
     targets = (*ATTENTION, "conv_in", "conv_out") if name == "sd" else ATTENTION
-    mixture = Mixture.attach(family.denoisers, spec, targets, timestep_scale=family.timestep_scale)
+    mixture = Mixture.attach(family.denoisers, spec, targets)
     rates, budgets = {"n2": [2e-2] * 2}, {"n2": [15] * 2}
     stage = foster(mixture, FosterSettings("joint", 8, rates, budgets, caption_dropout=0.0, seed=5))[0]
     pictures = EncodedDataset(

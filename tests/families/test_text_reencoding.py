@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from conftest import max_error, randomise, scales
 from timestep_experts.formats import Bundle
 from timestep_experts.inference import Reencoder, attach, detach
-from timestep_experts.mixture import Mixture, MixtureSpec
+from timestep_experts.mixture import Mixture, MixtureSpec, timestep_input_of
 from timestep_experts.models import (
     Family,
     Flux,
@@ -95,9 +95,7 @@ def make_bundle(case: Case, *, speaking: bool = True) -> Bundle:
     family = make_family(case)
     networks = {**family.denoisers, **{name: family.text_encoders[name] for name in case.text_targets}}
     targets = {**dict.fromkeys(family.denoisers, ("to_q", "to_v")), **case.text_targets}
-    mixture = Mixture.attach(
-        networks, SPEC, targets, owned=family.owned_intervals, timestep_scale=family.timestep_scale
-    )
+    mixture = Mixture.attach(networks, SPEC, targets, owned=family.owned_intervals)
     randomise(mixture)
     tensors = {k: v * (speaking or not k.endswith(".B")) for k, v in mixture.state_dict().items()}
     return Bundle(SPEC, tuple(mixture.layers), tensors, "route", "tiny", type(family.denoiser).__name__, {})
@@ -144,7 +142,7 @@ class Calls(list[Call]):
         flat = {**given, **(given.get("added_cond_kwargs") or {})}
         names = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "text_embeds")
         features = {name: flat[name].clone() for name in names if isinstance(flat.get(name), Tensor)}
-        t = given["timestep"].reshape(-1).expand(len(noisy)) * self.family.timestep_scale
+        t = timestep_input_of(denoiser).t_of(given["timestep"].reshape(-1).expand(len(noisy)))
         self.append(Call(noisy.clone(), t.clone(), features, said[:, : noisy.shape[1]].clone()))
 
     def stop(self) -> None:

@@ -21,7 +21,6 @@ from timestep_experts.inference import Reencoder, attach, detach
 from timestep_experts.inference.attach import denoiser_of
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec
-from timestep_experts.models import timestep_scale_of
 
 # of numpy, met in the schedulers of diffusers
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -81,7 +80,7 @@ def make_bundle(pipeline_name: str, *, speaking: bool = True, text: bool = False
     targets: dict[str, tuple[str, ...]] = {"unet" if hasattr(pipeline, "unet") else "transformer": ("to_q", "to_v")}
     targets |= {"text_encoder": ("q_proj", "v_proj")} if text else {}
     networks = {name: getattr(pipeline, name) for name in targets}
-    mixture = randomise(Mixture.attach(networks, SPEC, targets, timestep_scale=timestep_scale_of(denoiser)))
+    mixture = randomise(Mixture.attach(networks, SPEC, targets))
     tensors = {key: value * (speaking or not key.endswith(".B")) for key, value in mixture.state_dict().items()}
     return Bundle(SPEC, tuple(mixture.layers), tensors, "route", "tiny", type(denoiser).__name__, {})
 
@@ -231,8 +230,7 @@ def wan_of_two() -> Any:
 def test_pure_noise_at_t_1000_belongs_to_the_last_interval(count: int, make_pipeline: Callable[..., Any]) -> None:
     pipeline = make_pipeline()
     spec = MixtureSpec(scales(count))
-    scale = timestep_scale_of(pipeline.transformer)
-    mixture = Mixture.attach(pipeline.transformer, spec, ["to_q"], timestep_scale=scale)
+    mixture = Mixture.attach(pipeline.transformer, spec, ["to_q"])
     mixture.mode = "switch"
     seen: list[tuple[Tensor, Tensor]] = []
 

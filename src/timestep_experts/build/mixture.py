@@ -116,7 +116,6 @@ def build_mixture(recipe: Recipe, method: FosterConfig | DistillConfig, family: 
         spec,
         targets,
         owned=family.owned_intervals,
-        timestep_scale=family.timestep_scale,
         seed=recipe.seed,
     )
     if experts.text_dropout is not None:

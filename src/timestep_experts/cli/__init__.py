@@ -263,7 +263,9 @@ def explain(
     interval: Annotated[str | None, typer.Option(help="Or one interval lo,hi, e.g. 200,400.")] = None,
     scheduler: Annotated[str, typer.Option(help="A scheduler of diffusers, or a model's folder.")] = "DDIMScheduler",
     steps: Annotated[int, typer.Option(min=1, help="Inference steps.")] = 20,
-    shift: Annotated[float, typer.Option(min=1e-3, help="Of flow schedulers.")] = 1.0,
+    shift: Annotated[
+        float | None, typer.Option(min=1e-3, help="Of a flow scheduler. Default: the model's own, for a class 1.")
+    ] = None,
 ) -> None:
     """Say what intervals mean: t, sigma, log-SNR, the steps inside, and other trainers' words for them."""
     quiet_libraries()

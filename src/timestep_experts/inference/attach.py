@@ -17,7 +17,7 @@ from timestep_experts.inference.reencode import Reencoder, TextExperts, reencode
 from timestep_experts.mixture import Mixture, Mode, fuse
 from timestep_experts.mixture.carriers import named_layers, uncompiled
 from timestep_experts.mixture.hooks import layers_in
-from timestep_experts.models import owned_intervals, timestep_scale_of
+from timestep_experts.models import owned_intervals
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -61,8 +61,7 @@ def attach(
             f" {len(bundle.target_modules)} modules:\n  " + "\n  ".join(missing)
         )
     exactly = {name: "|".join(re.escape(i) for i in found) for name, found in inner.items()}
-    scale, owned = timestep_scale_of(denoiser_of(pipeline)), owned_intervals(pipeline)
-    mixture = Mixture.attach(networks, bundle.spec, exactly, owned=owned, timestep_scale=scale)
+    mixture = Mixture.attach(networks, bundle.spec, exactly, owned=owned_intervals(pipeline))
     try:
         mixture.load_state_dict(bundle.tensors)
         mixture.mode = mode or bundle.mode

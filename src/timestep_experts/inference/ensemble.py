@@ -16,7 +16,8 @@ from timestep_experts.formats.experts import StoredProjections, read_projections
 from timestep_experts.inference.attach import denoiser_of
 from timestep_experts.intervals import Partition
 from timestep_experts.merging import Projections
-from timestep_experts.models import SECOND_DENOISERS, timestep_scale_of
+from timestep_experts.mixture import timestep_input_of
+from timestep_experts.models import SECOND_DENOISERS
 
 Resident = Literal["one", "all"]
 _ATTRIBUTE = "_timestep_experts_ensemble"
@@ -59,8 +60,8 @@ class Ensemble:
             self._base = {name: tensor.detach().cpu().clone() for name, tensor in self._targets.items()}
         self._is_changed = False
         self._projections = _attach_projections(denoiser, self._sources)
-        self._reader = list(inspect.signature(denoiser.forward).parameters).index("timestep")
-        self._scale = timestep_scale_of(denoiser)
+        self._timestep = timestep_input_of(denoiser)
+        self._position = list(inspect.signature(denoiser.forward).parameters).index(self._timestep.argument)
         self._handle = denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
         setattr(denoiser, _ATTRIBUTE, self)
 
@@ -105,8 +106,9 @@ class Ensemble:
             target.data.copy_(tensor)
 
     def _before(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        t = kwargs["timestep"] if "timestep" in kwargs else args[self._reader]
-        owners = sorted(set(self.partition.index_of(torch.as_tensor(t).float() * self._scale).flatten().tolist()))
+        name = self._timestep.argument
+        t = self._timestep.t_of(torch.as_tensor(kwargs[name] if name in kwargs else args[self._position]).float())
+        owners = sorted(set(self.partition.index_of(t).flatten().tolist()))
         if len(owners) != 1:
             raise UserError(
                 f"one call of the denoiser with timesteps of the ranges {', '.join(map(str, owners))}: an ensemble has"

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from timestep_experts.errors import UserError
+from timestep_experts.intervals import is_flow
 from timestep_experts.models import sampling_options_of
+from timestep_experts.models.noise import flow_options, have_one_schedule
 from timestep_experts.models.video_crafter import ScaledSignalDDIMScheduler
 
 _NOISE_SCHEDULE = (
@@ -132,19 +134,16 @@ def choose_scheduler(name: str | None, own: Any) -> Any:
     """
     if name is None:
         return own
-    chosen = make_scheduler(name, own.config)
-    if isinstance(own, ScaledSignalDDIMScheduler) or _is_flow(own) != _is_flow(chosen):
-        allowed = "FlowMatch ones" if _is_flow(own) else "DDPM-like ones"
+    chosen = make_scheduler(name, {**own.config, **(flow_options(own) if is_flow(own) else {})})
+    is_same = is_flow(chosen) if is_flow(own) else not is_flow(chosen) and have_one_schedule(own, chosen)
+    if isinstance(own, ScaledSignalDDIMScheduler) or not is_same:
+        allowed = "flow-matching ones" if is_flow(own) else "DDPM-like ones that know its noise schedule"
         allowed = "none but its own" if isinstance(own, ScaledSignalDDIMScheduler) else allowed
         raise UserError(
             f"{name} does not sample what this base was trained on: it comes with a {type(own).__name__}; allowed are"
             f" {allowed}, and null for its own"
         )
     return chosen
-
-
-def _is_flow(scheduler: Any) -> bool:
-    return "FlowMatch" in type(scheduler).__name__ or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def make_scheduler(name: str, config: Any) -> Any:

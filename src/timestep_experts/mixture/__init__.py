@@ -13,6 +13,7 @@ from timestep_experts.mixture.router import Router
 from timestep_experts.mixture.spec import MixtureSpec, Scale, asymmetric
 from timestep_experts.mixture.state import MODES, Mode
 from timestep_experts.mixture.targets import match_targets
+from timestep_experts.mixture.timesteps import TimestepInput, timestep_input_of
 
 __all__ = [
     "MODES",
@@ -24,10 +25,12 @@ __all__ = [
     "PlainKernels",
     "Router",
     "Scale",
+    "TimestepInput",
     "asymmetric",
     "bound_to",
     "fuse",
     "is_fused",
     "match_targets",
+    "timestep_input_of",
     "unfuse",
 ]

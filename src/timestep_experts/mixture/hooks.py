@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from timestep_experts.errors import UserError
 from timestep_experts.mixture.carriers import require_separate_projections
 from timestep_experts.mixture.layer import MixtureLayer
 from timestep_experts.mixture.state import MixtureState, Mode, StepContext
+from timestep_experts.mixture.timesteps import TimestepInput
 
 _SCALE_ARGUMENTS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
@@ -93,26 +95,27 @@ class TimestepReader(NetworkHook):
         state: of the mixture.
         first: the name of ``forward``'s first parameter, the batch.
         position: of the timestep among the parameters; ``None`` for a network that takes none.
-        argument: the timestep's name.
-        scale: t is this times what the denoiser receives.
+        timestep: how the denoiser is told the timestep.
         attentions: those whose projections carry experts; fused projections are refused.
     """
 
     state: MixtureState
     first: str
     position: int | None
-    argument: str
-    scale: float
+    timestep: TimestepInput
     attentions: Sequence[Any] = ()
+    _fractions: int = 0
+    _is_sure: bool = False
 
     @classmethod
     def of(
-        cls, network: nn.Module, state: MixtureState, argument: str, scale: float, attentions: Sequence[Any] = ()
+        cls, network: nn.Module, state: MixtureState, timestep: TimestepInput, attentions: Sequence[Any] = ()
     ) -> TimestepReader:
-        """Make the hook for a network whose ``forward`` takes the timestep by that name, or takes none."""
+        """Make the hook for a network whose ``forward`` takes the timestep in that way, or takes none."""
         names = list(inspect.signature(network.forward).parameters)
-        position = names.index(argument) if argument in names else None
-        return cls(state, names[0], position, argument, scale, attentions)
+        position = names.index(timestep.argument) if timestep.argument in names else None
+        is_sure = timestep.scale != 1 or state.spec.num_train_timesteps <= 1
+        return cls(state, names[0], position, timestep, attentions, _is_sure=is_sure)
 
     def before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Set the running step. A text encoder takes no timestep, so it has none but the one that a caller bound."""
@@ -122,8 +125,10 @@ class TimestepReader(NetworkHook):
         _warn_of_ignored_scale(kwargs)
         if self.position is not None:
             sample = args[0] if args else kwargs[self.first]
-            t = kwargs[self.argument] if self.argument in kwargs else args[self.position]
-            self.state.step = StepContext.of(self._read(t, sample.device), self.state.spec, sample.shape[0])
+            first = sample if isinstance(sample, Tensor) else sample[0]  # Z-Image takes a list of pictures
+            name = self.timestep.argument
+            value = kwargs[name] if name in kwargs else args[self.position]
+            self.state.step = StepContext.of(self._read(value, first.device), self.state.spec, len(sample))
         elif not self.state.is_bound:
             self.state.step = None  # the denoiser's latest timestep is not that of a text
         if torch.is_grad_enabled():
@@ -134,8 +139,26 @@ class TimestepReader(NetworkHook):
         t = timestep if isinstance(timestep, Tensor) else torch.tensor([timestep])  # as_tensor: new graph per number
         t = t[:1] if t.dim() and t.stride(0) == 0 else t  # a pipeline has expanded one for all samples
         t = t.flatten(1).amax(1) if t.dim() > 1 else t  # one per token: tokens of a given frame are not noisy
-        t = t.to(device).reshape(-1).float()
-        return t if self.scale == 1 else t * self.scale
+        t = self.timestep.t_of(t.to(device).reshape(-1).float())
+        if not self._is_sure and not _is_recording():
+            self._require_timesteps(t)
+        return t
+
+    def _require_timesteps(self, t: Tensor) -> None:
+        """Refuse t / T or 1 - t / T from a denoiser that is thought to be called with t; the first t above 1 is proof.
+
+        Raises:
+            UserError: for the second time, all values are at most 1 and some are no whole numbers.
+        """
+        self._is_sure = bool((t > 1).any())
+        self._fractions += bool(((t > 0) & (t < 1)).any())
+        if self._fractions > 1 and not self._is_sure:
+            raise UserError(
+                f"this denoiser seems to be called with shares of noise or signal, not with timesteps from 0 to"
+                f" {self.state.spec.num_train_timesteps:g}: its {self.timestep.argument} is {t[0].item():g}, and one"
+                " expert would do all the work. Say how it is called when you attach the experts:"
+                " timestep=TimestepInput(scale=..., offset=...)"
+            )
 
     def _keep_step_through_checkpoints(self, module: nn.Module) -> None:
         for child in module.modules():
@@ -149,6 +172,11 @@ class TimestepReader(NetworkHook):
             function = getattr(module, "_gradient_checkpointing_func", None)
             if isinstance(function, StepCheckpoint):
                 module._gradient_checkpointing_func = function.function  # type: ignore[assignment]
+
+
+def _is_recording() -> bool:
+    """Whether the call is compiled or captured for later, so that no value may be looked at."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def _warn_of_ignored_scale(kwargs: Mapping[str, Any]) -> None:

@@ -34,6 +34,7 @@ from timestep_experts.mixture.parameters import MixtureParameters
 from timestep_experts.mixture.spec import MixtureSpec
 from timestep_experts.mixture.state import MODES, MixtureState, Mode
 from timestep_experts.mixture.targets import Networks, Targets, match_all
+from timestep_experts.mixture.timesteps import TimestepInput, timestep_input_of
 
 default_kernels: type[Kernels] = FastKernels
 """The arithmetic of mixtures that are attached without naming another one."""
@@ -53,23 +54,21 @@ class Mixture(MixtureParameters):
         target_modules: Targets | Mapping[str, Targets],
         *,
         owned: Mapping[str, Interval] | None = None,
-        timestep_argument: str = "timestep",
-        timestep_scale: float = 1.0,
+        timestep: TimestepInput | None = None,
         seed: int = 0,
         kernels: Kernels | None = None,
     ) -> Mixture:
         """Give every target module its experts, in mode ``off``. B is zero, so nothing changes until training.
 
         Args:
-            networks: the denoiser; its ``forward`` takes ``timestep_argument``, a number or a tensor of 1 or B values.
+            networks: the denoiser; its ``forward`` takes the timestep, a number or a tensor of 1 or B values.
                 Or several networks by name; the name is then the first part of their layers' paths. A network whose
                 ``forward`` takes no timestep (a text encoder) gets it from `at`.
             spec: scales and router form.
             target_modules: see `match_targets`, one for each network if there are several; every element of a list must
                 match something.
             owned: the interval of t that a network works on, by its name; it carries no experts of other timesteps.
-            timestep_argument: the name of that argument.
-            timestep_scale: t is this times what the denoiser receives.
+            timestep: how the denoisers are told the timestep; ``None`` for what diffusers' pipelines do.
             seed: of the initial A.
             kernels: the arithmetic of the layers; ``None`` for the fast one.
 
@@ -87,7 +86,7 @@ class Mixture(MixtureParameters):
                 found = named_layers(network)
                 attentions = attentions_of(found, matches[name])
                 require_separate_projections(attentions)
-                readers[name] = TimestepReader.of(network, state, timestep_argument, timestep_scale, attentions)
+                readers[name] = TimestepReader.of(network, state, timestep or timestep_input_of(network), attentions)
                 for module in matches[name]:
                     path = f"{name}.{module}" if name else module
                     layers[path] = MixtureLayer(found[module], state, path, (owned or {}).get(name))

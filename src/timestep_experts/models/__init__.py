@@ -1,7 +1,7 @@
 """What differs between base models, one file per family, behind one protocol."""
 
 from timestep_experts.models.ddpm import DDPM
-from timestep_experts.models.family import SECOND_DENOISERS, Conditioning, Denoised, Family, Samples, timestep_scale_of
+from timestep_experts.models.family import SECOND_DENOISERS, Conditioning, Denoised, Family, Samples
 from timestep_experts.models.flux import Flux
 from timestep_experts.models.meta_model import MetaModel, read_meta_model, read_network
 from timestep_experts.models.noise import DiscreteNoise, FlowNoise, NoiseProcess
@@ -42,5 +42,4 @@ __all__ = [
     "read_network",
     "resolve_model",
     "sampling_options_of",
-    "timestep_scale_of",
 ]

@@ -11,20 +11,40 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def encode_posterior_mean(autoencoder: Any, pixels: Tensor) -> Tensor:
-    """Scaled (and shifted) means of an AutoencoderKL's posterior, fp32: the same picture always gives the same latents.
+def posterior_mean(autoencoder: Any, pixels: Tensor) -> Tensor:
+    """Means of an AutoencoderKL's posterior, fp32: the same picture always gives the same latents.
+
+    An autoencoder in fp16 that says ``force_upcast`` overflows, so it encodes in fp32, as diffusers' pipelines do.
 
     Args:
         autoencoder: a diffusers AutoencoderKL.
         pixels: ``(B, 3, H, W)`` in [-1, 1].
 
     Returns:
-        ``(mean - shift) * scale``, ``(B, c, h, w)``.
+        ``(B, c, h, w)``, neither shifted nor scaled.
     """
-    device = next(autoencoder.parameters()).device
-    mean: Tensor = autoencoder.encode(pixels.to(device, autoencoder.dtype)).latent_dist.mean
+    device, dtype = next(autoencoder.parameters()).device, autoencoder.dtype
+    overflows = dtype == torch.float16 and bool(autoencoder.config.get("force_upcast"))
+    try:
+        if overflows:
+            autoencoder.float()
+        mean: Tensor = autoencoder.encode(pixels.to(device, autoencoder.dtype)).latent_dist.mean
+    finally:
+        if overflows:
+            autoencoder.to(dtype)
+    return mean.float()
+
+
+def encode_posterior_mean(autoencoder: Any, pixels: Tensor) -> Tensor:
+    """The posterior's means, shifted and scaled: ``(mean - shift) * scale``, see `posterior_mean`."""
     config = autoencoder.config
-    return (mean.float() - float(config.get("shift_factor") or 0)) * float(config.scaling_factor)
+    mean = posterior_mean(autoencoder, pixels)
+    return (mean - float(config.get("shift_factor") or 0)) * float(config.scaling_factor)
+
+
+def per_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    """``(c,)`` to ``(c, 1, ..., 1)``, so that it meets the channels of ``like (B, c, ...)``."""
+    return torch.tensor(values, device=like.device).reshape(-1, *(1,) * (like.dim() - 2))
 
 
 def token_ids(tokenizer: Any, captions: Sequence[str], max_length: int | None = None) -> Any:

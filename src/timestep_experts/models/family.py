@@ -32,9 +32,6 @@ from timestep_experts.models.quantization import Quantization, quantised_names, 
 Conditioning: TypeAlias = Mapping[str, Tensor]
 """Text features by name, batch first."""
 
-TIMESTEP_SCALES: Mapping[str, float] = {"FluxTransformer2DModel": 1000.0}
-"""Denoisers that are not called with t itself: what their ``timestep`` is multiplied by to give t."""
-
 SECOND_DENOISERS = ("transformer_2",)
 """Further denoisers that a pipeline may have, by name."""
 
@@ -65,14 +62,14 @@ class Denoised:
     target: Tensor
 
 
-_LATENT_FACTS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+_LATENT_FACTS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
 
 
 class Family(ABC):
     """A base model around its diffusers pipeline; all parts are frozen and in evaluation mode.
 
     A subclass says what differs: the pipeline's class, its parts, how pixels and text are encoded, and how the denoiser
-    is called. The denoiser's own ``timestep`` times ``timestep_scale`` is t.
+    is called.
 
     Args:
         parts: the pipeline.
@@ -85,7 +82,6 @@ class Family(ABC):
     text_encoder_names: ClassVar[tuple[str, ...]] = ("text_encoder",)
     tokenizer_names: ClassVar[tuple[str, ...]] = ("tokenizer",)
     default_num_frames: ClassVar[int | None] = None
-    timestep_scale: ClassVar[float] = 1.0
     max_sequence_length: int | None = None
     """Tokens of the long text encoder (T5); ``None`` where a tokenizer's own length is the only one."""
     loading_options: ClassVar[Mapping[str, Any]] = {}
@@ -274,11 +270,13 @@ class Family(ABC):
             tokenizer = getattr(self.parts, name)
             if tokenizer is not None:
                 digest.update(repr(sorted(tokenizer.get_vocab().items())).encode())
-        digest.update(repr(self.token_limits).encode())
-        if self.autoencoder_name:
-            config = getattr(self.parts, self.autoencoder_name).config
-            digest.update(repr([config.get(fact) for fact in _LATENT_FACTS]).encode())
+        digest.update(repr(self.encoding_settings()).encode())
         return digest.hexdigest()
+
+    def encoding_settings(self) -> tuple[object, ...]:
+        """Whatever else than weights and vocabularies decides latents and text features."""
+        config = getattr(self.parts, self.autoencoder_name).config if self.autoencoder_name else {}
+        return (self.token_limits, *(config.get(fact) for fact in _LATENT_FACTS))
 
     def prepare_captions(self, captions: Sequence[str]) -> list[str]:
         """What the pipeline does to captions before it tokenises them: nothing, unless a family says otherwise."""
@@ -339,9 +337,3 @@ class Family(ABC):
         denoiser: Any = self.denoiser
         predicted: Tensor = denoiser(noisy.to(denoiser.dtype), timestep=t, **cast(dict(conditioning), denoiser)).sample
         return predicted
-
-
-def timestep_scale_of(denoiser: nn.Module) -> float:
-    """What a denoiser's ``timestep`` is multiplied by to give t: 1, but for the classes of `TIMESTEP_SCALES`."""
-    names = (kind.__name__ for kind in type(denoiser).__mro__)
-    return next((TIMESTEP_SCALES[name] for name in names if name in TIMESTEP_SCALES), 1.0)

@@ -8,8 +8,9 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
+from timestep_experts.mixture import timestep_input_of
 from timestep_experts.models.encoding import cast, token_ids
-from timestep_experts.models.family import TIMESTEP_SCALES, Conditioning, Family
+from timestep_experts.models.family import Conditioning, Family
 from timestep_experts.models.noise import FlowNoise
 
 
@@ -24,7 +25,6 @@ class Flux(Family):
     denoiser_name = "transformer"
     text_encoder_names = ("text_encoder", "text_encoder_2")
     tokenizer_names = ("tokenizer", "tokenizer_2")
-    timestep_scale = TIMESTEP_SCALES["FluxTransformer2DModel"]
     max_sequence_length: int = 512
     guidance: float = 1.0
 
@@ -65,7 +65,7 @@ class Flux(Family):
         places = FluxPipeline._prepare_latent_image_ids(count, height // 2, width // 2, device, dtype)  # noqa: SLF001
         said = self.denoiser(
             packed,
-            timestep=t / self.timestep_scale,
+            timestep=timestep_input_of(transformer).value_of(t),
             guidance=torch.full((count,), self.guidance, device=device) if transformer.config.guidance_embeds else None,
             img_ids=places,
             txt_ids=torch.zeros(features["encoder_hidden_states"].shape[1], 3, device=device, dtype=dtype),

@@ -11,9 +11,10 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 from timestep_experts.errors import UserError
-from timestep_experts.intervals import LogitNormalDensity, TimestepDensity, UniformDensity
+from timestep_experts.intervals import LogitNormalDensity, TimestepDensity, UniformDensity, is_flow
 
 PREDICTIONS = ("epsilon", "v_prediction")
+_SAME_ALPHA = 1e-5  # between tables of alphas_cumprod
 _LEAST = 1e-20  # of alphas_cumprod, where a schedule ends in pure noise
 
 
@@ -61,15 +62,20 @@ class DiscreteNoise:
         signal_scale: ``(T,)``, s_t; ``None`` is 1 everywhere.
 
     Raises:
-        UserError: it predicts something else than noise or velocity.
+        UserError: it predicts something else than noise or velocity, or has another noise schedule than DDPM.
     """
 
     def __init__(self, scheduler: DDPMScheduler, source: str, signal_scale: Tensor | None = None) -> None:
-        self.scheduler = DDPMScheduler.from_config(scheduler.config)
-        self.signal_scale = signal_scale
-        prediction = self.scheduler.config["prediction_type"]
+        prediction = scheduler.config.get("prediction_type", "epsilon")
         if prediction not in PREDICTIONS:
             raise UserError(f"{source}: prediction_type is {prediction!r}; allowed are {', '.join(PREDICTIONS)}")
+        self.scheduler = DDPMScheduler.from_config(scheduler.config)
+        self.signal_scale = signal_scale
+        if not have_one_schedule(self.scheduler, scheduler):
+            raise UserError(
+                f"{source}: a {type(scheduler).__name__} does not add noise as DDPM does; allowed are schedulers with"
+                " the noise schedule of a DDPMScheduler of the same betas"
+            )
 
     @property
     def num_train_timesteps(self) -> int:
@@ -148,14 +154,13 @@ class FlowNoise:
         Raises:
             UserError: the scheduler is not of a flow model.
         """
-        config = scheduler.config
-        if "shift" not in config:
+        if not is_flow(scheduler):
             raise UserError(
-                f"{source}: a {type(scheduler).__name__} is no scheduler of a flow model;"
-                " allowed are FlowMatchEulerDiscreteScheduler and others that have a shift"
+                f"{source}: a {type(scheduler).__name__} is no scheduler of a flow model; allowed are"
+                " FlowMatchEulerDiscreteScheduler and others that are made for flow (use_flow_sigmas)"
             )
-        num_train_timesteps = int(config["num_train_timesteps"])
-        shift = _dynamic_shift(config, num_tokens) if config.get("use_dynamic_shifting") else float(config["shift"])
+        num_train_timesteps = int(scheduler.config["num_train_timesteps"])
+        shift = flow_shift(scheduler, num_tokens)
         return cls(LogitNormalDensity(0.0, 1.0, shift, num_train_timesteps), num_train_timesteps)
 
     @property
@@ -179,6 +184,44 @@ class FlowNoise:
     def error_ratio(self, t: Tensor) -> Tensor:
         """``1 / (1 - sigma)``."""
         return 1 / (1 - t.double() / self.num_train_timesteps).clamp(min=_LEAST**0.5)
+
+
+def have_one_schedule(one: Any, other: Any) -> bool:
+    """Whether two schedulers add the same noise at every t; those without a table of alphas (EDM) have no such noise.
+
+    Samplers keep a terminal signal of nothing as a very small one; that counts as the same.
+    """
+    tables = [getattr(scheduler, "alphas_cumprod", None) for scheduler in (one, other)]
+    if tables[0] is None or tables[1] is None or tables[0].shape != tables[1].shape:
+        return False
+    return torch.allclose(tables[0].double().cpu(), tables[1].double().cpu(), rtol=0, atol=_SAME_ALPHA)
+
+
+def flow_shift(scheduler: Any, num_tokens: int | None = None) -> float:
+    """The shift of a flow scheduler, see `is_flow`.
+
+    Args:
+        scheduler: a diffusers scheduler.
+        num_tokens: image tokens, on which a dynamic shift depends.
+
+    Raises:
+        UserError: the shift depends on image tokens, and their number is not given.
+    """
+    config = scheduler.config
+    if not config.get("use_dynamic_shifting"):
+        return float(config["shift"] if "shift" in config else config["flow_shift"])
+    if num_tokens is None:
+        raise UserError(f"the shift of this {type(scheduler).__name__} depends on the size of a picture")
+    return _dynamic_shift(config, num_tokens)
+
+
+def flow_options(scheduler: Any) -> dict[str, Any]:
+    """What tells any scheduler of diffusers that it is of the same flow model; each class knows some of the words."""
+    options = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    if scheduler.config.get("use_dynamic_shifting"):
+        return options
+    shift = flow_shift(scheduler)
+    return {**options, "shift": shift, "flow_shift": shift}
 
 
 def _dynamic_shift(config: Any, num_tokens: int) -> float:

@@ -8,7 +8,14 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from torch import Tensor
 
-from timestep_experts.models.encoding import cast, encode_two_clips, token_ids
+from timestep_experts.models.encoding import (
+    cast,
+    encode_posterior_mean,
+    encode_two_clips,
+    per_channel,
+    posterior_mean,
+    token_ids,
+)
 from timestep_experts.models.family import Conditioning, Family
 from timestep_experts.models.noise import DiscreteNoise
 
@@ -24,6 +31,15 @@ class StableDiffusionXL(Family):
         """See `Family`."""
         return DiscreteNoise(self.parts.scheduler, self.source)
 
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """See `Family`. An autoencoder with statistics of its latents (Playground v2.5) is normalised by them."""
+        config = self.parts.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            return encode_posterior_mean(self.parts.vae, pixels)
+        latents = posterior_mean(self.parts.vae, pixels)
+        return (latents - per_channel(mean, latents)) * float(config.scaling_factor) / per_channel(std, latents)
+
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """``input_ids`` of the first tokenizer, ``input_ids_2`` of the second."""
         return {
@@ -32,9 +48,27 @@ class StableDiffusionXL(Family):
         }
 
     def encode_text(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The last but one hidden states of both encoders side by side, and the second one's projected pooling."""
+        """The last but one hidden states of both encoders side by side, and the second one's projected pooling.
+
+        Of an empty caption both are 0 where the pipeline takes zeros for a prompt that is not given.
+        """
         hidden, projections = encode_two_clips(self.parts, tokens)
-        return {"encoder_hidden_states": hidden, "text_embeds": projections[1]}
+        features = {"encoder_hidden_states": hidden, "text_embeds": projections[1]}
+        if not self._has_zeros_for_empty:
+            return features
+        is_empty = (tokens["input_ids"] == self.tokenize([""])["input_ids"].to(tokens["input_ids"].device)).all(-1)
+        return {
+            name: value.masked_fill(is_empty.to(value.device).reshape(-1, *(1,) * (value.dim() - 1)), 0)
+            for name, value in features.items()
+        }
+
+    @property
+    def _has_zeros_for_empty(self) -> bool:
+        return bool(self.parts.config.get("force_zeros_for_empty_prompt"))
+
+    def encoding_settings(self) -> tuple[object, ...]:
+        """See `Family`."""
+        return (*super().encoding_settings(), self._has_zeros_for_empty)
 
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Original and target size are those of the latents' picture, without crop, as in the pipeline."""

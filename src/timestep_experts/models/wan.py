@@ -14,10 +14,10 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 
 from timestep_experts.errors import UserError
-from timestep_experts.intervals import Interval, LogitNormalDensity
-from timestep_experts.models.encoding import token_ids
+from timestep_experts.intervals import Interval, LogitNormalDensity, is_flow
+from timestep_experts.models.encoding import per_channel, token_ids
 from timestep_experts.models.family import Conditioning, Family
-from timestep_experts.models.noise import FlowNoise
+from timestep_experts.models.noise import FlowNoise, flow_shift
 
 
 class Wan(Family):
@@ -54,15 +54,13 @@ class Wan(Family):
             UserError: the scheduler is not of a flow model.
         """
         scheduler = self.parts.scheduler
-        config = scheduler.config
-        name = "flow_shift" if config.get("use_flow_sigmas") else "shift"
-        if name not in config or config.get("use_dynamic_shifting"):
+        if not is_flow(scheduler) or scheduler.config.get("use_dynamic_shifting"):
             raise UserError(
                 f"{self.source}: a {type(scheduler).__name__} without a fixed flow shift; allowed are"
                 " FlowMatchEulerDiscreteScheduler and multistep schedulers with use_flow_sigmas"
             )
-        num_train_timesteps = int(config["num_train_timesteps"])
-        density = LogitNormalDensity(shift=float(config[name]), num_train_timesteps=num_train_timesteps)
+        num_train_timesteps = int(scheduler.config["num_train_timesteps"])
+        density = LogitNormalDensity(shift=flow_shift(scheduler), num_train_timesteps=num_train_timesteps)
         return FlowNoise(density, num_train_timesteps)
 
     @torch.no_grad()
@@ -83,7 +81,7 @@ class Wan(Family):
             )
         inputs = pixels.to(next(vae.parameters()).device, vae.dtype)
         means = torch.cat([vae.encode(clip[None]).latent_dist.mean for clip in inputs]).float()
-        shift, scale = (_per_channel(vae.config[name], means) for name in ("latents_mean", "latents_std"))
+        shift, scale = (per_channel(vae.config[name], means) for name in ("latents_mean", "latents_std"))
         return (means - shift) / scale
 
     def prepare_captions(self, captions: Sequence[str]) -> list[str]:
@@ -149,7 +147,3 @@ def _denoise(transformer: Any, noisy: Tensor, t: Tensor, text: Tensor) -> Tensor
         hidden_states=noisy.to(dtype), timestep=t, encoder_hidden_states=text.to(noisy.device, dtype)
     ).sample
     return predicted
-
-
-def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, device=like.device, dtype=like.dtype).reshape(-1, 1, 1, 1)
