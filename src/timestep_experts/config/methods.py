@@ -5,23 +5,49 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Literal, TypeAlias, get_args
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from timestep_experts.config.sections import OptimizerConfig, Share, Strict
+from timestep_experts.config.sections import (
+    NonNegativeFloat,
+    Number,
+    OptimizerConfig,
+    OptimizerOptions,
+    Pattern,
+    PositiveFloat,
+    PositiveInt,
+    Share,
+    Strict,
+    WholeNumber,
+)
 from timestep_experts.errors import UserError
 
+
+def _once_each(modes: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(modes)) < len(modes):
+        raise UserError("every mode is named once")
+    return modes
+
+
 Modes: TypeAlias = Annotated[
-    tuple[Literal["switch", "route"], ...], Field(description="the modes in which the experts are evaluated")
+    tuple[Literal["switch", "route"], ...],
+    Field(min_length=1, description="the modes in which the experts are evaluated"),
+    AfterValidator(_once_each),
 ]
+NumIntervals: TypeAlias = Annotated[PositiveInt, Field(le=1000)]
+Boundaries: TypeAlias = Annotated[tuple[Number, ...], Field(max_length=1001)]
+Rank: TypeAlias = Annotated[PositiveInt, Field(le=2**16)]
+Knots: TypeAlias = Annotated[WholeNumber, Field(ge=2, le=1000)]
+Targets: TypeAlias = Annotated[tuple[str, ...], Field(min_length=1)] | Pattern
+"""Names of layers, or one regular expression."""
 
 
 class ScaleConfig(Strict):
     """One set of experts."""
 
-    intervals: PositiveInt | None = Field(None, description="this many equal intervals")
-    boundaries: tuple[float, ...] | None = Field(None, description="or explicit ones, from 0 to T")
-    name: str | None = Field(None, description="null: n<intervals>")
-    rank: PositiveInt = 4
+    intervals: NumIntervals | None = Field(None, description="this many equal intervals")
+    boundaries: Boundaries | None = Field(None, description="or explicit ones, from 0 to T")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = Field(None, description="null: n<intervals>")
+    rank: Rank = 4
     lora_alpha: PositiveFloat | None = Field(None, description="null: equal to rank")
     role: Literal["auto", "core", "context"] = Field("auto", description="auto: the finest scale is the core")
     learning_rate: PositiveFloat | tuple[PositiveFloat, ...] | None = Field(None, description="own, or one per expert")
@@ -52,8 +78,8 @@ class ScaleConfig(Strict):
 class ExpertsConfig(Strict):
     """The low-rank experts on the denoiser, and on the text encoders."""
 
-    target_modules: tuple[str, ...] | str = ("to_q", "to_k", "to_v", "to_out.0")
-    text_target_modules: tuple[str, ...] | str | Mapping[str, tuple[str, ...] | str] | None = Field(
+    target_modules: Targets = ("to_q", "to_k", "to_v", "to_out.0")
+    text_target_modules: Targets | Mapping[str, Targets] | None = Field(
         None, description="of every text encoder, or of those named (text_encoder_2: [...]); null: none"
     )
     scales: tuple[ScaleConfig, ...] = Field(min_length=1)
@@ -61,7 +87,7 @@ class ExpertsConfig(Strict):
     text_dropout: Share | None = Field(None, description="the same on text encoders; null: dropout")
     router_input: Literal["z_and_t", "z", "t"] = "z_and_t"
     gate: Literal["sample", "token"] = "sample"
-    router_knots: Annotated[int, Field(ge=2)] | None = Field(None, description="null: the paper's table over every t")
+    router_knots: Knots | None = Field(None, description="null: the paper's table over every t")
 
 
 class AssembleConfig(Strict):
@@ -84,7 +110,7 @@ class FosterConfig(Strict):
     train_batch_size: PositiveInt = Field(8, description="per interval and step")
     learning_rate: PositiveFloat = 1e-4
     text_learning_rate: PositiveFloat | None = Field(None, description="on text encoders; null: learning_rate")
-    text_weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="there; null: the optimiser's")
+    text_weight_decay: NonNegativeFloat | None = Field(None, description="there; null: the optimiser's")
     optimizer: OptimizerConfig = OptimizerConfig()
     assemble: AssembleConfig | None = Field(AssembleConfig(), description="stage 2; null: no routers are trained")
     modes: Modes = ("switch", "route")
@@ -103,8 +129,8 @@ class GanConfig(Strict):
     train_batch_size: PositiveInt = Field(16, description="per step of the generator that an expert owns")
     learning_rate: PositiveFloat = 5e-7
     fake_learning_rate: PositiveFloat | None = Field(None, description="null: learning_rate")
-    generator_weight: Annotated[float, Field(ge=0)] = 1e-3
-    discriminator_weight: Annotated[float, Field(ge=0)] = 1e-2
+    generator_weight: NonNegativeFloat = 1e-3
+    discriminator_weight: NonNegativeFloat = 1e-2
 
 
 class DistillConfig(Strict):
@@ -112,11 +138,11 @@ class DistillConfig(Strict):
 
     kind: Literal["distill"]
     experts: ExpertsConfig
-    timesteps: tuple[int, ...] = Field((999, 749, 499, 249), description="of the generator's steps, descending")
+    timesteps: tuple[WholeNumber, ...] = Field((999, 749, 499, 249), description="of the generator's steps, descending")
     inputs: Literal["backsim", "real"] = Field(
         "backsim", description="experts see what earlier ones generate, or training pictures made noisy"
     )
-    guidance_scale: Annotated[float, Field(ge=0)] = Field(1.75, description="of the real score; the generator has none")
+    guidance_scale: NonNegativeFloat = Field(1.75, description="of the real score; the generator has none")
     generator_interval: PositiveInt = Field(10, description="updates of the fake score (steps) per generator update")
     max_train_steps: PositiveInt = 20000
     train_batch_size: PositiveInt = Field(32, description="per step of the generator that an expert owns")
@@ -139,29 +165,29 @@ class DistillConfig(Strict):
 class DecoupleOptimizerConfig(OptimizerConfig):
     """The same with DeMe's options."""
 
-    options: Mapping[str, float | bool | tuple[float, ...]] = {"weight_decay": 1e-6, "betas": (0.95, 0.999)}
+    options: OptimizerOptions = Field({"weight_decay": 1e-6, "betas": (0.95, 0.999)})
 
 
 class DecoupleConfig(Strict):
     """Full copies of the denoiser learn one range of timesteps each."""
 
     kind: Literal["decouple"]
-    intervals: PositiveInt | None = Field(None, description="this many equal ranges")
-    boundaries: tuple[float, ...] | None = Field(None, description="or explicit ones, from 0 to T")
+    intervals: NumIntervals | None = Field(None, description="this many equal ranges")
+    boundaries: Boundaries | None = Field(None, description="or explicit ones, from 0 to T")
     max_train_steps: PositiveInt | tuple[PositiveInt, ...] = Field(20000, description="updates, or one per range")
     learning_rate: PositiveFloat = 5e-5
     train_batch_size: PositiveInt = Field(64, description="samples per optimiser update")
     optimizer: DecoupleOptimizerConfig = DecoupleOptimizerConfig()
-    trainable: str | None = Field(None, description="a regular expression of whole parameter names; null: all")
+    trainable: Pattern | None = Field(None, description="a regular expression of whole parameter names; null: all")
     projection: Literal["off", "paper", "foldable"] = "off"
-    consistency: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(1.0, description="lambda; 0: off")
-    full_range_probability: Annotated[float, Field(ge=0, le=1)] = Field(0.3, description="p: t from all timesteps")
+    consistency: NonNegativeFloat = Field(1.0, description="lambda; 0: off")
+    full_range_probability: Annotated[Number, Field(ge=0, le=1)] = Field(0.3, description="p: t from all timesteps")
     sampling: Literal["sample", "batch"] = Field("sample", description="what p is thrown for")
     antithetic: bool = Field(False, description="draw t in mirrored pairs")
     weighting: Literal["none", "snr_plus_one", "truncated", "min_snr", "p2", "uncertainty"] = "none"
     uncertainty_intervals: PositiveInt = Field(4, description="ranges of t that have a log-variance of their own")
     uncertainty_learning_rate: PositiveFloat = 1e-3
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = Field(0.9999, description="null: keep the last weights")
+    ema_decay: Share | None = Field(0.9999, description="null: keep the last weights")
     ema_warmup: bool = Field(True, description="the decay of update n is at most (1 + n) / (10 + n)")
 
     @model_validator(mode="after")

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from timestep_experts.config.methods import KINDS
 
+_MOST_SHOWN = 200
+
 
 def explain_all(error: ValidationError, where: str, root: type[BaseModel]) -> list[str]:
     """One line per problem.
@@ -19,16 +21,10 @@ def explain_all(error: ValidationError, where: str, root: type[BaseModel]) -> li
         where: the path of what was validated.
         root: its schema.
     """
-    problems = [problem for problem in error.errors() if not _is_consequence(problem, error.errors())]
-    return [_explain(problem, where, root) for problem in problems]
-
-
-def _is_consequence(problem: Mapping[str, Any], problems: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a list only counts as too short because its items are wrong, which they say themselves."""
-    place = problem["loc"]
-    return problem["type"] == "too_short" and any(
-        p["loc"] != place and p["loc"][: len(place)] == place for p in problems
-    )
+    problems = error.errors()
+    parents = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
+    # A list only counts as too short because its items are wrong, which they say themselves.
+    return [_explain(p, where, root) for p in problems if p["type"] != "too_short" or p["loc"] not in parents]
 
 
 def _explain(problem: Mapping[str, Any], where: str, root: type[BaseModel]) -> str:
@@ -40,11 +36,17 @@ def _explain(problem: Mapping[str, Any], where: str, root: type[BaseModel]) -> s
         return f"{place}.kind: allowed are {', '.join(KINDS)} (got {got!r})"
     if problem["type"] != "extra_forbidden":
         is_section = isinstance(problem["input"], Mapping)  # its keys are at odds, and the message names them
-        got = "" if is_section and problem["type"] == "value_error" else f" (got {problem['input']!r})"
+        got = "" if is_section and problem["type"] == "value_error" else f" (got {_short(problem['input'])})"
         return f"{place}: {problem['msg'].removeprefix('Value error, ')}{got}"
     *parents, key = problem["loc"]
     near = difflib.get_close_matches(str(key), _keys_under(parents, root), 1)
     return f"{place}: unknown key" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _short(value: object) -> str:
+    """A value as Python writes it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _keys(place: Sequence[str | int]) -> Iterator[str]:

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from timestep_experts.config.problems import explain_all
 from timestep_experts.config.recipe import Recipe
 from timestep_experts.errors import UserError
+from timestep_experts.formats.yaml_text import parse_yaml, read_yaml
+
+MOST_PROBLEMS = 20
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -22,20 +24,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     if not path.is_file():
         raise UserError(f"no recipe at {path}")
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
+    document = read_yaml(path)
     if not isinstance(document, dict):
         raise UserError(f"{path} should hold a mapping of keys to values")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise UserError(f"an override reads key=value; got {override!r}")
-        try:
-            _set(document, key.split("."), yaml.safe_load(value), override)
-        except (yaml.YAMLError, IndexError) as error:
-            raise UserError(f"override {override!r} cannot be applied: {error}") from error
+        _set(document, key.split("."), parse_yaml(value, f"override {override!r}"), override)
     return parse_recipe(document)
 
 
@@ -48,7 +44,9 @@ def parse_recipe(document: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(document)
     except ValidationError as error:
-        raise UserError("\n".join(explain_all(error, "recipe", Recipe))) from error
+        problems = explain_all(error, "recipe", Recipe)
+        more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+        raise UserError("\n".join([*problems[:MOST_PROBLEMS], *more])) from error
 
 
 def _set(document: dict[str, Any], keys: Sequence[str], value: Any, override: str) -> None:

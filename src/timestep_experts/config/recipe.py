@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PositiveInt, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from timestep_experts.config.methods import DecoupleConfig, DistillConfig, MethodConfig
@@ -16,7 +15,11 @@ from timestep_experts.config.problems import explain_all
 from timestep_experts.config.sections import (
     DataConfig,
     EvaluationConfig,
+    LocalPath,
     MergeConfig,
+    Place,
+    PositiveInt,
+    Seed,
     Size,
     Strict,
     TrainingConfig,
@@ -52,12 +55,12 @@ class _Trained(Strict):
 class Recipe(Strict):
     """Everything that decides a run."""
 
-    pretrained_model_name_or_path: str = "world/base"
-    output_dir: Path
+    pretrained_model_name_or_path: Place = "world/base"
+    output_dir: LocalPath
     resolution: Size = Field((512, 512), description="side in pixels of square pictures, or [height, width]")
     max_sequence_length: PositiveInt | None = Field(None, description="tokens of a T5; null: the pipeline's default")
-    seed: int = 0
-    device: str = Field("auto", description="auto: cuda where there is one, else cpu")
+    seed: Seed = 0
+    device: str = Field("auto", pattern=r"^[a-z]+(:\d+)?$", description="auto: cuda where there is one, else cpu")
     data: DataConfig
     method: MethodConfig = Field(description="what is trained, and how: foster, distill or decouple")
     merge: MergeConfig | None = Field(None, description="merge what was trained into one model; null: no such row")

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
@@ -29,6 +28,7 @@ from timestep_experts.evaluation import (
 from timestep_experts.formats import tool_versions
 from timestep_experts.formats.atomic import atomic_path, write_json, write_text
 from timestep_experts.formats.checkpoints import file_sha256
+from timestep_experts.formats.yaml_text import yaml_text
 from timestep_experts.inference import sample
 from timestep_experts.intervals import Partition
 from timestep_experts.jobs.methods import BaseCandidate, Candidate, methods_of
@@ -52,8 +52,7 @@ _RESULT_LIST = TypeAdapter(list[Result])
 
 def prepare_output(recipe: Recipe) -> None:
     """Write the resolved recipe beside the results."""
-    document = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    write_text(RunPaths(recipe.output_dir).recipe, document)
+    write_text(RunPaths(recipe.output_dir).recipe, yaml_text(recipe.model_dump(mode="json")))
 
 
 def evaluate(recipe: Recipe, context: RunContext) -> list[Result]:
@@ -82,7 +81,7 @@ def write_run_report(recipe: Recipe, context: RunContext, results: Sequence[Resu
             pictures[result.label] = shown
     content = ReportContent(
         title=recipe.output_dir.name,
-        recipe_yaml=yaml.safe_dump(recipe.model_dump(mode="json", exclude_unset=True), sort_keys=False),
+        recipe_yaml=yaml_text(recipe.model_dump(mode="json", exclude_unset=True)),
         command=command,
         results=results,
         intervals=_partition(recipe, context).intervals,

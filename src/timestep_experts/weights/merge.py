@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,6 +19,7 @@ from timestep_experts.formats.checkpoints import Checkpoint, TensorInfo, write_s
 from timestep_experts.formats.dtypes import parse_dtype
 from timestep_experts.formats.experts import BASE_KEY, PROJECTIONS, write_projections
 from timestep_experts.formats.model_folders import copy_around, find_weights, write_index
+from timestep_experts.formats.yaml_text import read_yaml
 from timestep_experts.merging import METHODS, MergeSettings, merge_tensor
 from timestep_experts.weights.inputs import MergeInput, check_descent, finite_tensor, hash_inputs, is_finite, some
 from timestep_experts.weights.projections import ProjectionMerge, read_projection_merge
@@ -150,10 +150,7 @@ def read_block_weights(path: Path) -> dict[str, tuple[float, ...]]:
     Raises:
         UserError: the file is unreadable or something else.
     """
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read block weights from {path}: {error}") from error
+    value = read_yaml(path)
     if not isinstance(value, dict) or not value:
         raise UserError(f"{path} must map regular expressions over tensor names to lists of weights")
     for pattern, weights in value.items():

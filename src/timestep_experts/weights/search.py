@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 from timestep_experts.errors import UserError
@@ -17,6 +16,7 @@ from timestep_experts.formats.atomic import atomic_path, write_json
 from timestep_experts.formats.checkpoints import Checkpoint
 from timestep_experts.formats.experts import read_projections
 from timestep_experts.formats.model_folders import find_weights
+from timestep_experts.formats.yaml_text import read_yaml
 from timestep_experts.intervals import Interval, Partition
 from timestep_experts.merging import Evaluated, History, LiveMerge, WeightGroups, Weights
 from timestep_experts.models import Family
@@ -233,10 +233,7 @@ def read_groups(path: Path) -> dict[str, str]:
     Raises:
         UserError: the file is unreadable or something else.
     """
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read groups from {path}: {error}") from error
+    value = read_yaml(path)
     if not isinstance(value, dict) or not all(isinstance(part, str) for pair in value.items() for part in pair):
         raise UserError(f"{path} must map regular expressions over tensor names to names of groups")
     return value
