@@ -25,6 +25,7 @@ from timestep_experts.errors import UserError
 from timestep_experts.formats.dtypes import DTYPES
 from timestep_experts.inference.sample import choose_scheduler
 from timestep_experts.models import Family, load_family, resolve_model
+from timestep_experts.models.sources import pipeline_sha256
 from timestep_experts.world.scenes import parse_caption
 
 
@@ -40,6 +41,7 @@ class RunContext:
         decoding: how pictures or clips are decoded, none mirrored.
         prompts: the prompts that pictures are generated for.
         is_judged: whether the prompts are captions of the embedded world.
+        base_sha256: who the base is, see `pipeline_sha256`.
     """
 
     family: Family
@@ -49,6 +51,7 @@ class RunContext:
     decoding: DecodeSettings
     prompts: tuple[str, ...]
     is_judged: bool
+    base_sha256: str
 
     @property
     def shares_captions(self) -> bool:
@@ -126,15 +129,20 @@ def build_datasets(recipe: Recipe, *, is_video: bool = False) -> tuple[Dataset, 
     return train, Dataset(validation.examples[: data.max_validation_samples], validation.skipped)
 
 
-def build_context(recipe: Recipe) -> RunContext:
+def build_context(recipe: Recipe, datasets: tuple[Dataset, Dataset] | None = None) -> RunContext:
     """Load, read and encode what the variants share.
+
+    Args:
+        recipe: of the run.
+        datasets: what `build_datasets` found, if it was asked already.
 
     Raises:
         UserError: the base, the data or the prompts are not usable.
     """
     family = build_family(recipe)
     decoding = build_decode_settings(recipe, family.default_num_frames, flip=False)
-    train, validation = build_datasets(recipe, is_video=family.is_video)
+    family.check_size(recipe.resolution, decoding.num_frames if isinstance(decoding, ClipSettings) else None)
+    train, validation = datasets or build_datasets(recipe, is_video=family.is_video)
     cache = recipe.output_dir / "cache"
     settings = build_decode_settings(recipe, family.default_num_frames, flip=recipe.data.flip)
     prompts = build_prompts(recipe, validation)
@@ -149,6 +157,7 @@ def build_context(recipe: Recipe) -> RunContext:
         decoding=decoding,
         prompts=prompts,
         is_judged=is_judged,
+        base_sha256=pipeline_sha256(resolve_model(recipe.pretrained_model_name_or_path), cache / "hashes.json"),
     )
 
 

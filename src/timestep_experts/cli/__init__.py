@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -30,6 +32,7 @@ from timestep_experts.intervals import Interval, Partition
 if TYPE_CHECKING:
     from timestep_experts.build import RunContext
     from timestep_experts.config import Recipe
+    from timestep_experts.data import Dataset
     from timestep_experts.jobs.methods import Method
     from timestep_experts.jobs.plan import StagePlan
 
@@ -52,10 +55,30 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop
 VariantName = Annotated[str | None, typer.Option("--variant", help="Only this one; default: all of the kind.")]
 
 
+class _StopRequest(BaseException):
+    """A signal asks to stop. Not an ``Exception``: nobody but `main` handles it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 def main() -> None:
-    """Entry point: exit code 0; 2 with one message for a user's error; 1 with a traceback for ours."""
+    """Entry point: exit code 0; 2 with one message for a user's error; 1 with a traceback for ours.
+
+    A full disk or a missing permission is the machine's, and counts as the user's. A signal to stop gives 128 and its
+    number.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _stop)
     with _user_errors():
         app()
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    raise _StopRequest(number)
 
 
 @contextmanager
@@ -63,8 +86,23 @@ def _user_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escaped(error)}", highlight=False, soft_wrap=True)
+        _fail(str(error))
+    except BrokenPipeError:  # whoever read our output has left
+        sys.stdout = None
         sys.exit(USER_ERROR)
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}")
+    except _StopRequest as request:
+        name = signal.Signals(request.number).name
+        Console(stderr=True).print(f"stopped by {name}; the same command goes on from what is saved", highlight=False)
+        sys.exit(128 + request.number)
+
+
+def _fail(message: str) -> None:
+    Console(stderr=True).print(f"[bold red]error:[/] {escaped(message)}", highlight=False, soft_wrap=True)
+    sys.exit(USER_ERROR)
 
 
 @app.command()
@@ -72,17 +110,12 @@ def run(recipe: RecipePath, overrides: Overrides = None, dry_run: DryRun = False
     """Do everything: train all variants, merge those that say so, measure them, print the table, write the report."""
     loaded = _load(recipe, overrides)
     quiet_libraries()
-    from timestep_experts.jobs.evaluate import prepare_output
     from timestep_experts.jobs.methods import methods_of
 
     methods = methods_of(loaded)
-    if dry_run:
-        _print_plan(loaded, methods)
+    context = _prepare(loaded, methods, dry_run)
+    if context is None:
         return
-    for method in methods:
-        method.plan()  # what does not fit fails here, before anything is written
-    context = _context(loaded)
-    prepare_output(loaded)
     for method in methods:
         console.rule(f"[bold]{method.variant.name}", align="left")
         method.train(context)
@@ -143,17 +176,12 @@ def decouple(
     """Train a full copy of the denoiser for every range of timesteps; writes folders for **merge** and **sample**."""
     loaded = _load(recipe, overrides)
     quiet_libraries()
-    from timestep_experts.jobs.evaluate import prepare_output
-    from timestep_experts.jobs.plan import planned_device
-
     (method,) = _methods_of_kind(loaded, variant, ("decouple",))
-    plans = method.plan(indices=range_, with_memory=dry_run)  # what does not fit fails here
-    if dry_run:
-        _print_stages(plans, planned_device(loaded))
+    method.plan(indices=range_)  # a range that there is not fails here
+    context = _prepare(loaded, [method], dry_run)
+    if context is None:
         return
-    context = _context(loaded)
-    prepare_output(loaded)
-    for index in range(len(plans)) if range_ is None else range_:
+    for index in range(method.config.num_ranges) if range_ is None else range_:
         folder, kept = method.train_range(index, context)
         console.print(f"range {index}: {escaped(folder)}", soft_wrap=True)
         if kept:
@@ -282,11 +310,28 @@ def explain(
     console.print(explain_partition(partition, scheduler, steps, shift))
 
 
-def _context(recipe: Recipe) -> RunContext:
+def _prepare(recipe: Recipe, methods: Sequence[Method], dry_run: bool) -> RunContext | None:
+    """Look at everything before anything is written; then load what the methods share, or only print the plan."""
+    quiet_libraries()
+    from timestep_experts.jobs.evaluate import prepare_output, require_same_run
+    from timestep_experts.jobs.plan import planned_device
+    from timestep_experts.jobs.preflight import preflight
+
+    checked = preflight(recipe, methods, is_dry=dry_run)
+    if dry_run:
+        _print_stages(checked.stages, planned_device(recipe))
+        return None
+    context = _context(recipe, checked.datasets)
+    require_same_run(recipe, context, methods)
+    prepare_output(recipe)
+    return context
+
+
+def _context(recipe: Recipe, datasets: tuple[Dataset, Dataset] | None = None) -> RunContext:
     quiet_libraries()
     from timestep_experts.build import build_context
 
-    context = build_context(recipe)
+    context = build_context(recipe, datasets)
     skipped = context.train.skipped + context.validation.skipped
     console.print(
         f"{len(context.train):,} training and {len(context.validation):,} validation {context.decoding.kind}s,"
@@ -335,15 +380,9 @@ def _stage(
 ) -> None:
     recipe = _load(path, overrides)
     methods = _methods_of_kind(recipe, variant, kinds)
-    if dry_run:
-        _print_plan(recipe, methods)
+    context = _prepare(recipe, methods, dry_run)
+    if context is None:
         return
-    from timestep_experts.jobs.evaluate import prepare_output
-
-    for method in methods:
-        method.plan()  # what does not fit fails here, before anything is written
-    prepare_output(recipe)
-    context = _context(recipe)
     for method in methods:
         job(method, context)
         console.print(f"{method.variant.name}: {escaped(method.paths.bundle)}", soft_wrap=True)
@@ -360,13 +399,6 @@ def _evaluate(recipe: Recipe, context: RunContext) -> None:
     console.print(interval_table(results, intervals))
     console.print(results_table(results, intervals))
     console.print(f"report: [bold]{escaped(report)}", soft_wrap=True)
-
-
-def _print_plan(recipe: Recipe, methods: Sequence[Method]) -> None:
-    from timestep_experts.jobs.plan import planned_device
-
-    stages = [stage for method in methods for stage in method.plan(with_memory=True)]
-    _print_stages(stages, planned_device(recipe))
 
 
 def _print_stages(stages: Iterable[StagePlan], device: str) -> None:

@@ -1,43 +1,96 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all, and reach the disk before they take their names."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
-from safetensors.torch import save_file
 from torch import Tensor
+
+from timestep_experts.errors import UserError
+from timestep_experts.formats.checkpoints import TensorInfo, write_streamed
+
+_LONGEST_NAME = 255
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a draft path beside ``path``; on success it takes the place of ``path`` (a file or a folder).
 
-    A folder that stood there is replaced; a failure leaves it as it was.
+    A file replaces a file and a folder a folder; a failure leaves what stood there as it was. Drafts that a killed
+    process left behind for the same path are removed.
+
+    Raises:
+        UserError: it cannot be written (a full disk, a missing permission, a folder in the place of a file); names the
+            path and the reason.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.parent / f".{path.name}.draft-{os.getpid()}"
-    _remove(draft)
     try:
-        yield draft
-        if path.is_dir():
-            old = path.parent / f".{path.name}.old-{os.getpid()}"
-            path.replace(old)
-            try:
-                draft.replace(path)
-            except OSError:
-                old.replace(path)
-                raise
-            _remove(old)
-        else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(path)
+        draft = path.parent / f"{_draft_prefix(path)}{os.getpid()}-{uuid4().hex[:8]}"
+        try:
+            yield draft
+            _sync(draft)
+            _take_place(draft, path)
+        finally:
+            _remove(draft)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _take_place(draft: Path, path: Path) -> None:
+    if path.is_dir() != draft.is_dir() and path.exists():
+        kind = "folder" if path.is_dir() else "file"
+        raise UserError(f"cannot write {path}: a {kind} of that name is in the way")
+    if not path.is_dir():
+        draft.replace(path)
+    else:
+        old = path.parent / f"{_draft_prefix(path)}{os.getpid()}-old-{uuid4().hex[:8]}"
+        path.replace(old)
+        try:
             draft.replace(path)
-    finally:
-        _remove(draft)
+        except OSError:
+            old.replace(path)
+            raise
+        _remove(old)
+    _sync_one(path.parent)
+
+
+def check_output_folder(path: Path, *, makes: bool) -> None:
+    """See that a folder can be made and written to, before anything is computed for it.
+
+    Args:
+        path: of the folder, which may be there.
+        makes: make it, and try to write.
+
+    Raises:
+        UserError: it cannot; names what is in the way.
+    """
+    try:
+        there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+        longest = os.pathconf(there, "PC_NAME_MAX") if hasattr(os, "pathconf") else _LONGEST_NAME
+        if too_long := [part for part in path.parts if len(os.fsencode(part)) > longest - len(".draft-") - 60]:
+            raise UserError(f"cannot write to {path}: the name {too_long[0][:40]}... is too long")
+        if not there.is_dir():
+            raise UserError(f"cannot write to {path}: {there} is a file")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"cannot write to {path}: {there} is read-only")
+        if makes:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"cannot write to {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -52,14 +105,56 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write safetensors atomically, in a fixed order, so equal tensors make equal bytes."""
-    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    """Write safetensors atomically, in a fixed order (metadata too), so equal tensors make equal bytes."""
+    placed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    layout = {name: TensorInfo(tuple(tensor.shape), tensor.dtype, path) for name, tensor in placed.items()}
     with atomic_path(path) as draft:
-        save_file(ordered, draft, metadata=dict(metadata or {}))
+        write_streamed(draft, layout, placed.__getitem__, dict(sorted((metadata or {}).items())))
+
+
+def _draft_prefix(path: Path) -> str:
+    return f".{path.name[:100]}.draft-{socket.gethostname()[:40]}-"
+
+
+def _remove_orphans(path: Path) -> None:
+    """Remove drafts whose process no longer runs on this machine."""
+    prefix = _draft_prefix(path)
+    for entry in path.parent.iterdir():
+        process = entry.name.removeprefix(prefix).partition("-")[0]
+        if entry.name.startswith(prefix) and process.isdigit() and not _is_running(int(process)):
+            _remove(entry)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it runs, for somebody else
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or a folder with all that is in it, is on the disk."""
+    if path.is_dir():
+        for inner in path.iterdir():
+            _sync(inner)
+    _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # folders cannot be opened there
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ DTYPES = {
 }
 """What can be merged, by safetensors' names, in the library's own order."""
 
-INDEX_SUFFIX = ".safetensors.index.json"
+_INDEX = re.compile(r".+\.safetensors\.index(\.[\w-]+)?\.json")
 _DEFAULT_STEMS = ("diffusion_pytorch_model", "model")
 _CHUNK_BYTES = 2**20
 
@@ -80,7 +81,7 @@ class Checkpoint:
         self.index: Path | None = None
         if path.is_dir():
             path = _weights_of_folder(path)
-            self.index = path if path.name.endswith(INDEX_SUFFIX) else None
+            self.index = path if is_index(path.name) else None
         weight_map = None if self.index is None else _read_index(self.index)
         self.files = (path,) if weight_map is None else tuple(path.parent / n for n in sorted(set(weight_map.values())))
         self.metadata_by_file: dict[Path, dict[str, str]] = {}
@@ -111,7 +112,7 @@ class Checkpoint:
             # Read rather than mapped: mapped pages stay in the process's memory while any of the file is open.
             with info.file.open("rb") as file:
                 file.seek(self._starts[name])
-                num_read = file.readinto(_bytes_of(tensor))
+                num_read = file.readinto(bytes_of(tensor))
         except OSError as error:
             raise UserError(f"cannot read {name} of {info.file}: {error}") from error
         if num_read != info.num_bytes:
@@ -187,21 +188,33 @@ def write_streamed(
         for name in names:
             tensor = get(name)
             assert (tuple(tensor.shape), tensor.dtype) == (layout[name].shape, layout[name].dtype)
-            file.write(_bytes_of(tensor.cpu().contiguous()))
+            file.write(bytes_of(tensor.cpu().contiguous()))
 
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
+_STORED = {
+    **DTYPES,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+"""What can be written: some optimisers keep their state in 8 bits."""
+_NAMES = {dtype: name for name, dtype in _STORED.items()}
+_ORDER = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
+_RANK = {_STORED[name]: rank for rank, name in enumerate(_ORDER)}
+
+
+def is_index(name: str) -> bool:
+    """Whether a file is an index of shards by its name, of a variant (``.index.fp16.json``) or not."""
+    return _INDEX.fullmatch(name) is not None
 
 
 def _weights_of_folder(folder: Path) -> Path:
-    found = sorted([*folder.glob(f"*{INDEX_SUFFIX}"), *folder.glob("*.safetensors")])
+    indices = sorted(path for path in folder.glob("*.json") if is_index(path.name))
+    found = [*indices, *sorted(folder.glob("*.safetensors"))]
     for stem in _DEFAULT_STEMS:
         # An index wins over a file of the same stem, which is what diffusers does.
-        for path in (folder / f"{stem}{INDEX_SUFFIX}", folder / f"{stem}.safetensors"):
+        for path in (folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"):
             if path in found:
                 return path
-    indices = [path for path in found if path.name.endswith(INDEX_SUFFIX)]
     candidates = indices or found
     if len(candidates) == 1:
         return candidates[0]
@@ -251,6 +264,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _bytes_of(tensor: Tensor) -> Any:
+def bytes_of(tensor: Tensor) -> Any:
     """A contiguous tensor's own memory, as a flat array of bytes."""
     return tensor.flatten().view(torch.uint8).numpy()

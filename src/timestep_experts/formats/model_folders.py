@@ -9,14 +9,14 @@ from pathlib import Path
 
 from timestep_experts.errors import UserError
 from timestep_experts.formats.atomic import write_json
-from timestep_experts.formats.checkpoints import Checkpoint, TensorInfo
+from timestep_experts.formats.checkpoints import Checkpoint, TensorInfo, is_index
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 """What pipelines call their denoisers."""
 
 _PIPELINE_INDEX = "model_index.json"
 _WEIGHT_ENDINGS = (
-    ".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".gguf", ".index.json",
+    ".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".gguf",
 )  # fmt: skip
 _DOWNLOADERS = {".git", ".cache"}
 
@@ -54,7 +54,8 @@ def copy_around(folder: Path, weights: Checkpoint, target: Path) -> tuple[str, .
     """Copy a folder but for the weights and what else holds the same model; returns the latter's names.
 
     Left out are other files of weights beside these and at the folder's top (variants, other formats), since they would
-    hold the old model under the new one's name, and what ``git`` and downloaders keep for themselves.
+    hold the old model under the new one's name, links that lead nowhere, and what ``git`` and downloaders keep for
+    themselves.
 
     Args:
         folder: of a model or a pipeline.
@@ -65,12 +66,15 @@ def copy_around(folder: Path, weights: Checkpoint, target: Path) -> tuple[str, .
     left_out: list[str] = []
 
     def ignored(place: str, names: list[str]) -> set[str]:
-        skipped = _DOWNLOADERS.intersection(names)
+        lost = {name for name in names if not (Path(place) / name).exists()}  # links that lead nowhere
+        left_out.extend((Path(place) / name).relative_to(folder).as_posix() for name in lost)
+        skipped = _DOWNLOADERS.intersection(names) | lost
         if Path(place) not in (folder, home):
             return skipped
-        held = {name for name in names if name.endswith(_WEIGHT_ENDINGS)}
+        held = {name for name in names if name.endswith(_WEIGHT_ENDINGS) or name.endswith(".index.json")}
+        held |= {name for name in names if is_index(name)}
         own = {file.name for file in (*weights.files, weights.index) if file and file.parent == Path(place)}
-        left_out.extend((Path(place) / name).relative_to(folder).as_posix() for name in held - own)
+        left_out.extend((Path(place) / name).relative_to(folder).as_posix() for name in held - own - lost)
         return skipped | held
 
     shutil.copytree(folder, target, ignore=ignored)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +91,10 @@ def sample(
         UserError: see `choose_scheduler`; or what is generated is not finite.
     """
     before = pipeline.scheduler
-    pipeline.scheduler = choose_scheduler(settings.scheduler, before)
+    scheduler = choose_scheduler(settings.scheduler, before)
+    if settings.timesteps is None:
+        require_steps(scheduler, settings.num_inference_steps)
+    pipeline.scheduler = scheduler
     options = {**sampling_options_of(pipeline), **settings.call_options}
     takes_prompts = "prompt" in inspect.signature(pipeline.__call__).parameters
     unit = "picture" if settings.num_frames is None else "clip"
@@ -144,6 +148,24 @@ def choose_scheduler(name: str | None, own: Any) -> Any:
             f" {allowed}, and null for its own"
         )
     return chosen
+
+
+def require_steps(scheduler: Any, num_inference_steps: int) -> None:
+    """See that a scheduler can take so many steps.
+
+    Raises:
+        UserError: it cannot; says why.
+    """
+    if scheduler.config.get("use_dynamic_shifting"):  # its steps depend on the size of a picture
+        return
+    tried, sample = deepcopy(scheduler), torch.zeros(1, 4, 8, 8)
+    try:
+        tried.set_timesteps(num_inference_steps)
+        tried.step(sample, tried.timesteps[0], tried.scale_model_input(sample, tried.timesteps[0]))
+    except Exception as error:  # schedulers raise many kinds
+        raise UserError(
+            f"{type(scheduler).__name__} cannot take {num_inference_steps} steps here: {error or type(error).__name__}"
+        ) from error
 
 
 def make_scheduler(name: str, config: Any) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from pydantic import TypeAdapter
 from timestep_experts.build import RunContext, build_loss_settings, build_reported_partition
 from timestep_experts.config import Recipe
 from timestep_experts.data import ClipSettings, decode_all
+from timestep_experts.errors import UserError
 from timestep_experts.evaluation import (
     LossSettings,
     Result,
@@ -28,10 +31,11 @@ from timestep_experts.evaluation import (
 from timestep_experts.formats import tool_versions
 from timestep_experts.formats.atomic import atomic_path, write_json, write_text
 from timestep_experts.formats.checkpoints import file_sha256
+from timestep_experts.formats.sealed import DamagedError, read_sealed_json, write_sealed_json
 from timestep_experts.formats.yaml_text import yaml_text
 from timestep_experts.inference import sample
 from timestep_experts.intervals import Partition
-from timestep_experts.jobs.methods import BaseCandidate, Candidate, methods_of
+from timestep_experts.jobs.methods import BaseCandidate, Candidate, Method, methods_of
 from timestep_experts.jobs.paths import RunPaths
 from timestep_experts.jobs.samples import (
     SHEET,
@@ -41,9 +45,11 @@ from timestep_experts.jobs.samples import (
     save_sample_sheet,
     save_samples,
 )
+from timestep_experts.jobs.stages import require_own_stages
 from timestep_experts.mixture import Mixture
 from timestep_experts.report import ReportContent, write_report
 from timestep_experts.training.log import read_log
+from timestep_experts.training.loop import is_finished
 
 NUM_SHOWN = 12
 _RESULT = TypeAdapter(Result)
@@ -55,15 +61,27 @@ def prepare_output(recipe: Recipe) -> None:
     write_text(RunPaths(recipe.output_dir).recipe, yaml_text(recipe.model_dump(mode="json")))
 
 
+def require_same_run(recipe: Recipe, context: RunContext, methods: Sequence[Method]) -> None:
+    """See that what the folder of a run holds of these methods was trained as the recipe says now.
+
+    Raises:
+        UserError: something was trained with other settings; names every value that differs.
+    """
+    for method in methods:
+        require_own_stages(recipe, context, method.stages())
+
+
 def evaluate(recipe: Recipe, context: RunContext) -> list[Result]:
     """Measure the base and every trained variant; what is measured already is read back.
 
     Raises:
-        UserError: a variant is not trained yet.
+        UserError: a variant is not trained yet, or was trained by another recipe, or what it says is not finite.
     """
+    methods = methods_of(recipe)
+    require_same_run(recipe, context, methods)
     settings = build_loss_settings(recipe, _partition(recipe, context))
     rows: list[Candidate] = [BaseCandidate(recipe)]
-    rows += [candidate for method in methods_of(recipe) for candidate in method.candidates()]
+    rows += [candidate for method in methods for candidate in method.candidates()]
     for row in rows:
         row.check()  # fails before minutes of sampling
     return [_measure(recipe, context, settings, row) for row in rows]
@@ -106,9 +124,12 @@ def _measure(recipe: Recipe, context: RunContext, settings: LossSettings, row: C
     deciding = _fingerprint(recipe, context, settings, row)
     stored = folder / "result.json"
     if stored.is_file():
-        document = json.loads(stored.read_text(encoding="utf-8"))
-        if document["fingerprint"] == deciding:
-            return _RESULT.validate_python(document["result"])
+        try:
+            document = read_sealed_json(stored)
+            if document["fingerprint"] == json.loads(json.dumps(deciding)):
+                return _RESULT.validate_python(document["result"])
+        except DamagedError as error:
+            warnings.warn(f"{error}. It is measured again", stacklevel=2)
     with row.on(context.family) as mixture:
         result, pictures = _measure_attached(context, settings, row, mixture)
     with atomic_path(folder) as draft:
@@ -117,7 +138,8 @@ def _measure(recipe: Recipe, context: RunContext, settings: LossSettings, row: C
             names = [f"{index:04d}" for index in range(len(pictures))]
             save_samples(draft / "pictures", pictures, names, frames_per_second(context.decoding))
             save_sample_sheet(draft / SHEET, pictures[:16], context.prompts[:16])
-        write_json(draft / "result.json", {"fingerprint": deciding, "result": _RESULT.dump_python(result, mode="json")})
+        document = {"fingerprint": deciding, "result": _RESULT.dump_python(result, mode="json")}
+        write_sealed_json(draft / "result.json", document)
     return result
 
 
@@ -126,6 +148,8 @@ def _measure_attached(
 ) -> tuple[Result, NDArray[np.uint8]]:
     family, is_routed = context.family, row.mode == "route"
     curve = loss_curve(family, context.validation, settings)
+    if not math.isfinite(curve.mean):
+        raise UserError(f"the losses of {row.variant} in mode {row.mode} are not finite: what it trained has diverged")
     sampling = row.sampling(context.decoding)
     pictures = sample(family.pipeline(), context.prompts, sampling, progress=f"{row.variant}, {row.mode}")
     costs = row.costs(family, mixture)
@@ -156,7 +180,7 @@ def _training_logs(recipe: Recipe) -> dict[str, list[dict[str, float]]]:
     return {
         f"{method.variant.name}, {folder.name}": read_log(folder)
         for method in methods_of(recipe)
-        for folder in method.paths.finished_stages()
+        for folder in filter(is_finished, method.stages())
     }
 
 
@@ -168,7 +192,7 @@ def _fingerprint(recipe: Recipe, context: RunContext, settings: LossSettings, ro
         "timesteps": None if timesteps is None else list(timesteps),
         "intervals": list(settings.partition.boundaries),
         "decoding": repr(context.decoding),
-        "base_model": recipe.pretrained_model_name_or_path,
+        "base_sha256": context.base_sha256,
         "base": recipe.training.model_dump(include={"base_dtype", "base_quantization"}),
         "prompts": list(context.prompts),
         "validation_pictures": context.validation.key,

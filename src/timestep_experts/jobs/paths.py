@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from timestep_experts.training.loop import RESULT
+from timestep_experts.training.loop import RESULT, is_finished
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class VariantPaths:
 
     def is_finished(self, stage: str) -> bool:
         """Whether a stage of low-rank experts is finished."""
-        return (self.stage(stage) / RESULT).is_file()
+        return is_finished(self.stage(stage))
 
     def copy_stage(self, index: int) -> Path:
         """The folder of one copy's stage, with the ``expert/`` in it."""
@@ -52,7 +52,8 @@ class VariantPaths:
 
     def finished_stages(self) -> list[Path]:
         """The folders of all finished stages."""
-        return sorted(path.parent for home in (self.folder, self.copies) for path in home.glob(f"*/{RESULT}"))
+        found = (path.parent for home in (self.folder, self.copies) for path in home.glob(f"*/{RESULT}"))
+        return sorted(folder for folder in found if is_finished(folder))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import nn
 from timestep_experts.build import build_base_dtype, build_decode_settings, build_optimiser_settings
 from timestep_experts.config import OptimizerConfig, Recipe
 from timestep_experts.data import ClipSettings, EncodedDataset
+from timestep_experts.errors import UserError
 from timestep_experts.models import Family, MetaModel, read_meta_model, resolve_model
 from timestep_experts.models.quantization import quantised_bytes
 from timestep_experts.training import Training
@@ -81,8 +82,13 @@ def count_trained(stage: Stage) -> int:
     return sum(leaf.numel() for group in stage.param_groups for leaf in group.leaves)
 
 
-def count_stage(variant: str, stage: Stage) -> StagePlan:
-    """The plan of a stage whose experts learn side by side."""
+def count_stage(variant: str, stage: Stage, optimiser: OptimizerConfig) -> StagePlan:
+    """The plan of a stage whose experts learn side by side.
+
+    Raises:
+        UserError: the optimiser or its schedule does not fit the stage.
+    """
+    check_optimiser(variant, stage, optimiser)
     batch = stage.plan.batch_size // len(stage.plan.strata)
     seen = [round(group.max_train_steps * batch / group.gradient_share) for group in stage.param_groups]
     return StagePlan(
@@ -94,6 +100,18 @@ def count_stage(variant: str, stage: Stage) -> StagePlan:
         samples_per_expert=(min(seen), max(seen)),
         samples=stage.num_steps * stage.plan.batch_size,
     )
+
+
+def check_optimiser(variant: str, stage: Stage, optimiser: OptimizerConfig) -> None:
+    """See that a stage can be trained by an optimiser and its schedule.
+
+    Raises:
+        UserError: it cannot; names variant and stage.
+    """
+    try:
+        build_optimiser_settings(optimiser).check(stage.param_groups)
+    except UserError as error:
+        raise UserError(f"recipe.method.optimizer, variant {variant}, stage {stage.name}: {error}") from error
 
 
 def base_bytes(recipe: Recipe, meta_model: MetaModel, *, trains_text: bool) -> int:

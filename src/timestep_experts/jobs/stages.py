@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,9 @@ from timestep_experts.jobs.samples import save_sample_sheet
 from timestep_experts.mixture import Mixture, Mode
 from timestep_experts.models import Family
 from timestep_experts.training import Training
+from timestep_experts.training.checkpoint import require_same_fingerprint
 from timestep_experts.training.log import RunLog
-from timestep_experts.training.loop import run_stage
+from timestep_experts.training.loop import run_stage, stored_fingerprint
 
 _DECIDING = ("mixed_precision", "base_dtype", "base_quantization", "gradient_accumulation_steps")
 
@@ -91,10 +92,27 @@ def fingerprint(recipe: Recipe, context: RunContext, method: dict[str, Any]) -> 
         **method,
         **recipe.training.model_dump(include=set(_DECIDING)),
         "seed": recipe.seed,
-        "base_model": recipe.pretrained_model_name_or_path,
+        "base": context.base_sha256,
         "caption_dropout": recipe.data.caption_dropout,
         "train_pictures": context.train.key,
     }
+
+
+def require_own_stages(recipe: Recipe, context: RunContext, stages: Mapping[Path, dict[str, Any]]) -> None:
+    """See that what was trained already in a run's folders was trained as its recipe says now.
+
+    Args:
+        recipe: of the run.
+        context: base and pictures.
+        stages: whatever of the method decides the bytes of a stage, by its folder.
+
+    Raises:
+        UserError: a folder holds something else; names every value that differs.
+    """
+    for folder, method in stages.items():
+        stored = stored_fingerprint(folder)
+        if stored is not None:
+            require_same_fingerprint(stored, fingerprint(recipe, context, method), folder)
 
 
 def encoders_away(recipe: Recipe, context: RunContext) -> AbstractContextManager[None]:

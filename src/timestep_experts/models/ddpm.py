@@ -31,6 +31,11 @@ class DDPM(Family):
         """Not where captions are classes: an empty one is class 0."""
         return self.parts.unet.config.num_class_embeds is None
 
+    @property
+    def size_multiple(self) -> int:
+        """Every block but the last halves the sides."""
+        return int(2 ** (len(self.parts.unet.config.block_out_channels) - 1))
+
     def make_noise(self) -> DiscreteNoise:
         """See `Family`."""
         return DiscreteNoise(self.parts.scheduler, self.source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from timestep_experts.models.encoding import (
 from timestep_experts.models.files import check_folder, check_single_file, check_weights
 from timestep_experts.models.noise import NoiseProcess
 from timestep_experts.models.quantization import Quantization, quantised_names, quantization_config
+from timestep_experts.models.sources import weights_variant
 
 Conditioning: TypeAlias = Mapping[str, Tensor]
 """Text features by name, batch first."""
@@ -111,20 +113,28 @@ class Family(ABC):
             UserError: it cannot be loaded, or not quantised here, or its objective is not this family's.
         """
         kind: Any = cls.pipeline_class
-        load = kind.from_single_file if Path(source).suffix == ".safetensors" else kind.from_pretrained
+        is_one_file = Path(source).suffix == ".safetensors"
+        load = kind.from_single_file if is_one_file else kind.from_pretrained
         try:
-            if quantization is not None and Path(source).suffix == ".safetensors":
+            if quantization is not None and is_one_file:
                 raise UserError(f"base quantization {quantization!r} needs a folder or a hub id, not a single file")
             cls._check_files(Path(source))
             options = {**cls.loading_options, **cls._left_out(source)}
             if quantization is not None:
                 options["quantization_config"] = cls._quantised(source, device, dtype, quantization)
+            if not is_one_file:
+                options["variant"] = cls._variant(source)
             pipeline = load(source, dtype=dtype, **options)
             check_weights(Path(source), {k: v for k, v in pipeline.components.items() if isinstance(v, nn.Module)})
             pipeline.to(device)
         except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
             raise UserError(f"cannot load a {kind.__name__} from {source!r}: {error}") from error
         return cls(pipeline, source)
+
+    @classmethod
+    def _variant(cls, source: str) -> str | None:
+        """The variant of the denoiser's files, where there are no others."""
+        return weights_variant(Path(source), cls.denoiser_name) if Path(source).is_dir() else None
 
     @classmethod
     def _check_files(cls, source: Path) -> None:
@@ -207,6 +217,30 @@ class Family(ABC):
         config: Any = self.denoiser.config
         side = int(config.sample_size) * int(getattr(self.parts, "vae_scale_factor", 1))
         return side, side
+
+    @property
+    def size_multiple(self) -> int:
+        """What height and width in pixels must divide by: diffusers' pipelines of UNets ask for 8."""
+        return math.lcm(8, int(getattr(self.parts, "vae_scale_factor", 1)))
+
+    def check_size(self, size: tuple[int, int], num_frames: int | None = None) -> None:
+        """See that pictures or clips of this size can be encoded, denoised and generated.
+
+        Args:
+            size: height and width in pixels.
+            num_frames: of clips; ``None`` for pictures.
+
+        Raises:
+            UserError: they cannot; says what is allowed.
+        """
+        height, width = size
+        if height % self.size_multiple or width % self.size_multiple:
+            raise UserError(
+                f"{self.source}: a size of {width} x {height} pixels does not fit; width and height must divide by"
+                f" {self.size_multiple}"
+            )
+        if num_frames is not None and not self.is_video:
+            raise UserError(f"{self.source} generates pictures, which have no frames; got {num_frames} frames")
 
     def checkpoint_gradients(self) -> None:
         """Trade compute for memory: keep the activations of block boundaries alone."""

@@ -39,6 +39,11 @@ class Flux(Family):
         num_tokens = (self.parts.default_sample_size // 2) ** 2
         return FlowNoise.of_scheduler(self.parts.scheduler, self.source, num_tokens)
 
+    @property
+    def size_multiple(self) -> int:
+        """Latents are packed two by two."""
+        return int(self.parts.vae_scale_factor) * 2
+
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """``input_ids`` of CLIP's tokenizer, ``input_ids_2`` of T5's."""
         parts = self.parts

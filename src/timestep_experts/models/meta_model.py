@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -16,6 +17,7 @@ from timestep_experts.intervals import Interval
 from timestep_experts.models.family import SECOND_DENOISERS, Family
 from timestep_experts.models.quantization import quantised_names
 from timestep_experts.models.registry import FAMILIES
+from timestep_experts.models.sources import require_source
 from timestep_experts.models.video_crafter import FpsUNet3DConditionModel
 from timestep_experts.models.wan import split_at
 
@@ -30,6 +32,7 @@ class MetaModel:
         text_encoders: by name, on the meta device.
         autoencoders: by name, on the meta device: one or none.
         owned_intervals: of each denoiser, where there are several.
+        scheduler: of the base.
         num_train_timesteps: T.
         source: whose they are.
         quantised: names of the parts that a quantised base has quantised.
@@ -40,6 +43,7 @@ class MetaModel:
     text_encoders: dict[str, nn.Module]
     autoencoders: dict[str, nn.Module]
     owned_intervals: dict[str, Interval]
+    scheduler: Any
     num_train_timesteps: int
     source: str
     quantised: tuple[str, ...]
@@ -81,9 +85,17 @@ def read_meta_model(source: str) -> MetaModel:
     Raises:
         UserError: a configuration is missing or unreadable, or the pipeline is of no known family.
     """
+    require_source(source)
+    if Path(source).is_file():
+        raise UserError(
+            f"cannot plan with {source!r}: a single file has no configuration. Make it a folder once:"
+            " StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
+        )
     try:
         index = DiffusionPipeline.load_config(source)
-        family = FAMILIES[index["_class_name"]]
+        family = FAMILIES.get(index["_class_name"])
+        if family is None:
+            raise UserError(f"model_index.json names {index['_class_name']!r}; supported are {', '.join(FAMILIES)}")
         denoisers = (family.denoiser_name, *SECOND_DENOISERS)
         names = {
             *denoisers,
@@ -101,6 +113,7 @@ def read_meta_model(source: str) -> MetaModel:
         text_encoders={name: networks[name] for name in family.text_encoder_names if name in networks},
         autoencoders={name: networks[name] for name in [family.autoencoder_name] if name in networks},
         owned_intervals=split_at(index["boundary_ratio"], total) if "transformer_2" in networks else {},
+        scheduler=scheduler,
         num_train_timesteps=total,
         source=source,
         quantised=tuple(quantised_names(index, denoisers)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -28,6 +29,11 @@ class PixArt(Family):
     def make_noise(self) -> DiscreteNoise:
         """See `Family`."""
         return DiscreteNoise(self.parts.scheduler, self.source)
+
+    @property
+    def size_multiple(self) -> int:
+        """Patches of latents must be whole, too."""
+        return math.lcm(8, self.parts.vae_scale_factor * self.parts.transformer.config.patch_size)
 
     def prepare_captions(self, captions: Sequence[str]) -> list[str]:
         """Lowercased and stripped."""

@@ -15,6 +15,7 @@ from timestep_experts.models.family import Family
 from timestep_experts.models.flux import Flux
 from timestep_experts.models.pixart import PixArt, PixArtSigma
 from timestep_experts.models.quantization import Quantization
+from timestep_experts.models.sources import require_source
 from timestep_experts.models.stable_diffusion import StableDiffusion
 from timestep_experts.models.stable_diffusion_3 import StableDiffusion3
 from timestep_experts.models.stable_diffusion_xl import StableDiffusionXL
@@ -60,6 +61,7 @@ def load_family(
     Raises:
         UserError: it is no pipeline or none of `FAMILIES`, or it cannot be loaded.
     """
+    require_source(source)
     if Path(source).suffix == ".safetensors":
         return StableDiffusion.load(source, device, dtype, quantization)
     supported = f"supported are folders and hub ids of {', '.join(FAMILIES)}, and .safetensors files of the first"

@@ -29,6 +29,11 @@ class StableDiffusion3(Family):
         num_tokens = (config.sample_size // config.patch_size) ** 2
         return FlowNoise.of_scheduler(self.parts.scheduler, self.source, num_tokens)
 
+    @property
+    def size_multiple(self) -> int:
+        """Whole patches of latents."""
+        return int(self.parts.vae_scale_factor * self.parts.transformer.config.patch_size)
+
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """``input_ids``, ``input_ids_2`` and, where there is a T5, ``input_ids_3``."""
         parts = self.parts

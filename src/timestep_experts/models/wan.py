@@ -5,6 +5,7 @@ Wan 2.2 has two denoisers: ``transformer`` for high noise, ``transformer_2`` bel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,22 @@ class Wan(Family):
         """The pipeline's."""
         return 480, 832
 
+    @property
+    def size_multiple(self) -> int:
+        """The pipeline asks for 16; patches of latents must be whole, too."""
+        _, rows, columns = self.parts.transformer.config.patch_size
+        return math.lcm(16, self.parts.vae_scale_factor_spatial * rows, self.parts.vae_scale_factor_spatial * columns)
+
+    def check_size(self, size: tuple[int, int], num_frames: int | None = None) -> None:
+        """See `Family`; of the frames, the first is encoded alone and the others in groups."""
+        super().check_size(size, num_frames)
+        group = self.parts.vae_scale_factor_temporal
+        if num_frames is not None and (num_frames - 1) % group:
+            raise UserError(
+                f"{self.source}: clips of {num_frames} frames do not fit; a number of frames less 1 must divide by"
+                f" {group}"
+            )
+
     def make_noise(self) -> FlowNoise:
         """The scheduler's T and flow shift.
 
@@ -71,14 +88,8 @@ class Wan(Family):
             UserError: F - 1, H or W are no multiples of what the autoencoder and the patches shrink them by.
         """
         vae = self.parts.vae
-        temporal, spatial = self.parts.vae_scale_factor_temporal, self.parts.vae_scale_factor_spatial
-        _, rows, columns = self.parts.transformer.config.patch_size
         frames, height, width = pixels.shape[-3:]
-        if (frames - 1) % temporal or height % (spatial * rows) or width % (spatial * columns):
-            raise UserError(
-                f"{self.source}: clips of {frames} frames of {width} x {height} pixels do not fit; a number of frames"
-                f" less 1 must divide by {temporal}, a width by {spatial * columns}, a height by {spatial * rows}"
-            )
+        self.check_size((height, width), frames)
         inputs = pixels.to(next(vae.parameters()).device, vae.dtype)
         means = torch.cat([vae.encode(clip[None]).latent_dist.mean for clip in inputs]).float()
         shift, scale = (per_channel(vae.config[name], means) for name in ("latents_mean", "latents_std"))

@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from timestep_experts.errors import UserError
-from timestep_experts.formats.atomic import atomic_path, write_json, write_tensors
+from timestep_experts.formats.atomic import atomic_path
+from timestep_experts.formats.sealed import (
+    DamagedError,
+    read_sealed_json,
+    read_sealed_tensors,
+    write_sealed_json,
+    write_sealed_tensors,
+)
 
 _STATE, _EXPERTS, _OPTIMISER = "state.json", "experts.safetensors", "optimizer.safetensors"
 _KIND = "tensor class"
@@ -43,18 +51,18 @@ def save_checkpoint(
     tensors, numbers = flatten_optimiser_state(optimiser)
     with atomic_path(folder / f"checkpoint-{step}") as draft:
         draft.mkdir()
-        write_tensors(draft / _EXPERTS, experts)
-        write_tensors(draft / _OPTIMISER, tensors)
-        write_json(draft / _STATE, {"step": step, "optimizer": numbers, "fingerprint": dict(fingerprint)})
+        write_sealed_tensors(draft / _EXPERTS, experts)
+        write_sealed_tensors(draft / _OPTIMISER, tensors)
+        write_sealed_json(draft / _STATE, {"step": step, "optimizer": numbers, "fingerprint": dict(fingerprint)})
     if total_limit is not None:
-        for old in _checkpoints(folder)[:-total_limit]:
+        for old in find_checkpoints(folder)[:-total_limit]:
             shutil.rmtree(old)
 
 
 def load_latest_checkpoint(
     folder: Path, optimiser: torch.optim.Optimizer, fingerprint: Mapping[str, Any]
 ) -> tuple[int, dict[str, Tensor]] | None:
-    """Restore the optimiser from the newest checkpoint.
+    """Restore the optimiser from the newest sound checkpoint. Damaged ones are set aside, with a warning.
 
     Returns:
         Its step and experts, or ``None`` if there is no checkpoint.
@@ -62,13 +70,36 @@ def load_latest_checkpoint(
     Raises:
         UserError: the checkpoint belongs to another run; names what differs.
     """
-    found = _checkpoints(folder)
-    if not found:
-        return None
-    state = json.loads((found[-1] / _STATE).read_text(encoding="utf-8"))
-    require_same_fingerprint(state["fingerprint"], fingerprint, folder)
-    unflatten_optimiser_state(optimiser, load_file(found[-1] / _OPTIMISER), state["optimizer"])
-    return state["step"], load_file(found[-1] / _EXPERTS)
+    for checkpoint in reversed(find_checkpoints(folder)):
+        try:
+            state = read_sealed_json(checkpoint / _STATE)
+            experts, moments = (read_sealed_tensors(checkpoint / name) for name in (_EXPERTS, _OPTIMISER))
+        except DamagedError as error:
+            set_aside(checkpoint, error)
+            continue
+        require_same_fingerprint(state["fingerprint"], fingerprint, folder)
+        unflatten_optimiser_state(optimiser, moments, state["optimizer"])
+        return state["step"], experts
+    return None
+
+
+def set_aside(path: Path, reason: DamagedError) -> None:
+    """Rename a damaged file or folder of a run, so that it is neither used nor lost, and warn of it."""
+    names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in count())
+    kept = next(name for name in names if not name.exists())
+    path.replace(kept)
+    warnings.warn(f"{reason}. It was renamed to {kept.name} and is not used", stacklevel=2)
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """The folders ``checkpoint-<step>`` of a stage, oldest first; anything of another name is let be."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*") if path.is_dir()}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
+
+
+def find_states(folder: Path) -> list[Path]:
+    """The documents of a stage's checkpoints, oldest first; each holds the run's ``fingerprint``."""
+    return [checkpoint / _STATE for checkpoint in find_checkpoints(folder)]
 
 
 def require_same_fingerprint(stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
@@ -77,17 +108,24 @@ def require_same_fingerprint(stored: Mapping[str, Any], wanted: Mapping[str, Any
     Raises:
         UserError: naming every setting that differs.
     """
-    wanted = json.loads(json.dumps(wanted))
-    different = [
-        f"\n  {key}: stored {stored.get(key)!r}, now {wanted.get(key)!r}"
-        for key in sorted({*stored, *wanted})
-        if stored.get(key) != wanted.get(key)
-    ]
+    different = list(_differences("", stored, json.loads(json.dumps(wanted))))
     if different:
         raise UserError(
             f"{folder} holds a run with other settings; choose another output_dir or delete that folder:"
             + "".join(different)
         )
+
+
+def _differences(path: str, stored: Any, wanted: Any) -> Iterator[str]:
+    """One line for every single value that differs between two documents."""
+    if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
+        for key in sorted({*stored, *wanted}):
+            yield from _differences(f"{path}.{key}".lstrip("."), stored.get(key), wanted.get(key))
+    elif isinstance(stored, list) and isinstance(wanted, list) and len(stored) == len(wanted):
+        for index, pair in enumerate(zip(stored, wanted, strict=True)):
+            yield from _differences(f"{path}.{index}", *pair)
+    elif stored != wanted:
+        yield f"\n  {path}: stored {stored!r}, now {wanted!r}"
 
 
 def flatten_optimiser_state(optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -155,8 +193,3 @@ def _from_json(item: Any) -> Any:
     if isinstance(item, str):
         return getattr(torch, item.removeprefix("torch."))
     return torch.Size(item) if isinstance(item, list) else item
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("checkpoint-*") if (path / _STATE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))

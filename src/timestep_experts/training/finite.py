@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from timestep_experts.errors import UserError
+from timestep_experts.training.checkpoint import find_checkpoints
 from timestep_experts.training.stage import Stage
 
 _NEVER = torch.iinfo(torch.int64).max
@@ -39,7 +40,7 @@ class FiniteWatch:
         self.gradients = torch.minimum(self.gradients, steps)
 
     def require(self) -> None:
-        """Look at what was noted.
+        """Look at what was noted, and at the weights.
 
         Raises:
             UserError: something was not finite; names the stage, the step, the interval and the experts.
@@ -54,6 +55,7 @@ class FiniteWatch:
             for group, step in zip(self.stage.param_groups, self.gradients.tolist(), strict=True)
             if step != _NEVER
         ]
+        lines += [f"the weights of {group.name}" for group in self.stage.param_groups if not _are_finite(group.leaves)]
         if lines:
             raise UserError(
                 f"stage {self.stage.name!r} stopped, for these are not finite:\n  " + "\n  ".join(lines) + "\n"
@@ -62,5 +64,9 @@ class FiniteWatch:
             )
 
     def _newest_checkpoint(self) -> str:
-        found = sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        found = find_checkpoints(self.folder)
         return f"the last checkpoint is {found[-1]}" if found else f"there is no checkpoint yet in {self.folder}"
+
+
+def _are_finite(tensors: Sequence[Tensor]) -> bool:
+    return bool(nn.utils.get_total_norm(tensors).isfinite())

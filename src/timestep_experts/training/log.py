@@ -11,6 +11,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from timestep_experts.formats.atomic import write_text
 
+LOG = "log.jsonl"
+"""In the folder of a stage: one record per line."""
+
 
 class RunLog:
     """Writes ``log.jsonl`` and ``tensorboard/`` in a stage's folder; records after the resumed step are cut off.
@@ -21,11 +24,11 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        path = folder / "log.jsonl"
+        path = folder / LOG
         folder.mkdir(parents=True, exist_ok=True)
         if path.is_file():
-            records = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_text(path, "".join(r for r in records if r.endswith("\n") and json.loads(r)["step"] <= start_step))
+            kept = [record for record in read_log(folder) if record["step"] <= start_step]
+            write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
@@ -59,8 +62,16 @@ def training_cost(stages: Iterable[Path]) -> tuple[int, float]:
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """The records of a stage's folder, in order."""
-    path = folder / "log.jsonl"
+    """The records of a stage's folder, in order; a line that is damaged or not whole is left out."""
+    path = folder / LOG
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+    return records

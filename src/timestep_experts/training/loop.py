@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,19 +11,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from torch import Tensor
 from tqdm import tqdm
 
 from timestep_experts.data import EncodedDataset
 from timestep_experts.errors import UserError
-from timestep_experts.formats.atomic import write_json, write_tensors
+from timestep_experts.formats.locks import only_process_in
+from timestep_experts.formats.sealed import (
+    DamagedError,
+    read_sealed_json,
+    read_sealed_tensors,
+    write_sealed_json,
+    write_sealed_tensors,
+)
 from timestep_experts.models import Family
 from timestep_experts.training.batches import Batch, generator_for
-from timestep_experts.training.checkpoint import load_latest_checkpoint, require_same_fingerprint, save_checkpoint
+from timestep_experts.training.checkpoint import (
+    find_states,
+    load_latest_checkpoint,
+    require_same_fingerprint,
+    save_checkpoint,
+    set_aside,
+)
 from timestep_experts.training.finite import FiniteWatch
 from timestep_experts.training.log import RunLog
 from timestep_experts.training.optimiser import OptimiserSettings, set_learning_rate
 from timestep_experts.training.param_group import learning_rate_factor
+from timestep_experts.training.signals import noted_signals
 from timestep_experts.training.stage import Plan, Precision, Training, gradients_of
 
 RESULT = "result.safetensors"
@@ -68,6 +83,9 @@ def run_stage(
 ) -> None:
     """Train one stage, going on from the newest checkpoint in ``folder``; a finished stage is only loaded.
 
+    A damaged checkpoint or result is set aside, and what came before it is taken up. A signal to stop (Ctrl-C, SIGTERM)
+    ends the running step, saves a checkpoint, and then has its usual effect.
+
     Args:
         training: the stage, what it changes, and the base.
         dataset: the training set.
@@ -77,16 +95,66 @@ def run_stage(
         observe: called every ``validation_steps`` and at the end.
 
     Raises:
-        UserError: the folder holds another run, captions are to be dropped where there is no empty one, or a loss or
-            gradient is not finite; the last checkpoint is kept then.
+        UserError: the folder holds another run or another process works in it, captions are to be dropped where there
+            is no empty one, or a loss, gradient or weight is not finite; the last checkpoint is kept then.
     """
+    _require_empty_caption(training.stage.plan, training.family)
+    with only_process_in(folder):
+        finished = load_result(folder, fingerprint)
+        if finished is not None:
+            training.trainee.load_state_dict(finished)
+            return
+        with noted_signals() as noted:
+            _train(training, dataset, settings, folder, fingerprint, observe, noted)
+        number = noted()
+    if number is not None:
+        signal.raise_signal(number)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a stage's folder holds its result."""
+    return (folder / RESULT).is_file() and (folder / FINGERPRINT).is_file()
+
+
+def stored_fingerprint(folder: Path) -> dict[str, Any] | None:
+    """Whose a stage's folder is: of its result, or of its newest sound checkpoint; ``None`` where it has neither."""
+    documents = [folder / FINGERPRINT] if is_finished(folder) else []
+    for path in (*documents, *reversed(find_states(folder))):
+        try:
+            stored = read_sealed_json(path)
+        except DamagedError:
+            continue
+        return stored if path in documents else dict(stored["fingerprint"])
+    return None
+
+
+def load_result(folder: Path, fingerprint: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """What a finished stage trained; ``None`` if it is not finished, or its result is damaged and was set aside.
+
+    Raises:
+        UserError: the folder holds another run.
+    """
+    if not is_finished(folder):
+        return None
+    try:
+        require_same_fingerprint(read_sealed_json(folder / FINGERPRINT), fingerprint, folder)
+        return read_sealed_tensors(folder / RESULT)
+    except DamagedError as error:
+        set_aside(folder / RESULT, error)
+        return None
+
+
+def _train(
+    training: Training,
+    dataset: EncodedDataset,
+    settings: LoopSettings,
+    folder: Path,
+    fingerprint: Mapping[str, Any],
+    observe: Observer | None,
+    noted: Callable[[], signal.Signals | None],
+) -> None:
+    """Train a stage to its end, or to the end of the step in which a signal comes."""
     stage, trainee = training.stage, training.trainee
-    _require_empty_caption(stage.plan, training.family)
-    result = folder / RESULT
-    if result.is_file():
-        require_same_fingerprint(_read_fingerprint(folder), fingerprint, folder)
-        trainee.load_state_dict(load_file(result))
-        return
     optimiser = settings.optimiser.build(stage.param_groups)
     start = _start(training, optimiser, folder, fingerprint)
     watch = FiniteWatch(stage, folder, training.family.device)
@@ -97,7 +165,8 @@ def run_stage(
             stepper.step(step)
             done, is_last = step + 1, step + 1 == stage.num_steps
             is_logged = is_last or _is_due(done, settings.logging_steps)
-            is_saved = _is_due(done, settings.checkpointing_steps) and not is_last
+            is_stopped = noted() is not None and not is_last
+            is_saved = is_stopped or (_is_due(done, settings.checkpointing_steps) and not is_last)
             is_observed = is_last or _is_due(done, settings.validation_steps)
             if is_logged or is_saved or is_observed:
                 watch.require()
@@ -108,11 +177,14 @@ def run_stage(
             if is_saved:
                 limit = settings.checkpoints_total_limit
                 save_checkpoint(folder, done, trainee.state_dict(), optimiser, fingerprint, limit)
+            if is_stopped:
+                bar.write(f"stopped after step {done} of {stage.num_steps}, which is saved in {folder}", sys.stderr)
+                return
             if observe and is_observed:
                 observe(done, log)
                 stepper.restart_clock()
-    write_json(folder / FINGERPRINT, dict(fingerprint))
-    write_tensors(result, trainee.state_dict())
+    write_sealed_json(folder / FINGERPRINT, fingerprint)
+    write_sealed_tensors(folder / RESULT, trainee.state_dict())
 
 
 class _Stepper:
@@ -215,8 +287,3 @@ def _start(training: Training, optimiser: torch.optim.Optimizer, folder: Path, f
 
 def _is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-
-
-def _read_fingerprint(folder: Path) -> dict[str, Any]:
-    stored: dict[str, Any] = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
-    return stored

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from timestep_experts.errors import UserError
 from timestep_experts.training.checkpoint import flatten_optimiser_state
-from timestep_experts.training.param_group import ParamGroup
+from timestep_experts.training.param_group import ParamGroup, learning_rate_factor
 
 LIBRARIES: Mapping[str, str] = {"bitsandbytes": "bitsandbytes.optim", "torchao": "torchao.optim"}
 """Modules whose optimisers are named ``<library>.<class>``; a name without a library is of ``torch.optim``."""
@@ -40,6 +40,21 @@ class OptimiserSettings:
     lr_scheduler: str = "constant"
     lr_warmup_steps: int = 0
     max_grad_norm: float | None = 1.0
+
+    def check(self, param_groups: Sequence[ParamGroup]) -> None:
+        """See that the optimiser can step over such parameters, and that the schedule fits their budgets.
+
+        Raises:
+            UserError: it cannot, or it does not.
+        """
+        for budget in sorted({group.max_train_steps for group in param_groups}):
+            if self.lr_warmup_steps >= budget:
+                raise UserError(
+                    f"lr_warmup_steps: a warm-up of {self.lr_warmup_steps} steps does not fit into {budget} steps"
+                )
+            learning_rate_factor(self.lr_scheduler, self.lr_warmup_steps, budget)(0)
+        for dimensions in sorted({leaf.dim() for group in param_groups for leaf in group.leaves}):
+            _state_of_one(self.name, self.options, (2,) * dimensions)
 
     def build(self, param_groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
         """Build the optimiser over parameter groups.
@@ -128,8 +143,11 @@ def _state_of_one(name: str, options: Mapping[str, Any], shape: tuple[int, ...])
     leaf = torch.zeros(shape)
     leaf.grad = torch.zeros_like(leaf)
     optimiser = make_optimiser(name, options, [{"params": [leaf], "lr": 1e-4}])
-    with torch.compiler.set_stance("force_eager"):  # torchao compiles its step, for seconds per shape
-        optimiser.step()
+    try:
+        with torch.compiler.set_stance("force_eager"):  # torchao compiles its step, for seconds per shape
+            optimiser.step()
+    except Exception as error:  # optimisers raise many kinds
+        raise UserError(f"{name} cannot train parameters of shape {shape} here: {error}") from error
     tensors, _ = flatten_optimiser_state(optimiser)
     return sum(tensor.nbytes for key, tensor in tensors.items() if not key.endswith(_SHARED_TABLES))
 

@@ -79,12 +79,12 @@ def learning_rate_factor(name: str, num_warmup_steps: int, num_training_steps: i
     """A diffusers learning-rate schedule as a pure function of the step, so nothing of it needs to be saved.
 
     Raises:
-        UserError: diffusers knows no schedule of that name.
+        UserError: diffusers knows no schedule of that name, or it asks for more than a warm-up and a number of steps.
     """
     unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     try:
         schedule = get_scheduler(name, unused, num_warmup_steps=num_warmup_steps, num_training_steps=num_training_steps)
-    except ValueError as error:
-        raise UserError(f"lr_scheduler: {error}") from error
-    factor: Callable[[int], float] = schedule.lr_lambdas[0]
+        factor: Callable[[int], float] = schedule.lr_lambdas[0]
+    except (ValueError, TypeError, AttributeError, AssertionError) as error:
+        raise UserError(f"lr_scheduler: {name!r} cannot be used here: {error or type(error).__name__}") from error
     return factor

@@ -50,6 +50,7 @@ from timestep_experts.models import Family, MetaModel
 from timestep_experts.training import Decoupled, DecoupleSettings, decouple
 from timestep_experts.training.full_copy import FullCopy, matching_names
 from timestep_experts.training.log import training_cost
+from timestep_experts.training.loop import is_finished
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,13 @@ class Decoupling:
         write_expert(self.paths.copy(index), config.save_config, tensors, record, base, projections)
         return tuple(trainee.projections.kept())
 
+    def stages(self) -> dict[Path, dict[str, Any]]:
+        """See `Method`."""
+        settings = self.settings(read_base(self.recipe).num_train_timesteps)
+        return {
+            self.paths.copy_stage(index): self._deciding(settings, index) for index in range(len(settings.partition))
+        }
+
     def candidates(self) -> list[Candidate]:
         """The copies as an ensemble, and merged."""
         rows: list[Candidate] = [CopiesCandidate(self, "switch")]
@@ -169,7 +177,8 @@ class Decoupling:
         family = meta_model.make_family()
         plans = []
         for number in range(len(settings.partition)) if indices is None else indices:
-            plan = count_stage(self.variant.name, decouple(family, settings, number).stage)
+            stage = decouple(family, settings, number).stage
+            plan = count_stage(self.variant.name, stage, self.config.optimizer)
             plans.append(replace(plan, samples_per_expert=(plan.samples, plan.samples), num_experts=1))
         if not with_memory:
             return plans
@@ -238,7 +247,7 @@ class CopiesCandidate:
             projections = read_projections(folder)
             trained += 0 if projections is None else sum(delta.numel() for delta in projections.deltas.values())
         stored = sum(sizes.values()) * (1 if self.mode == "merged" else len(folders))
-        return Costs(ParameterCount(stored, 0, trained), *training_cost(self.method.paths.finished_stages()))
+        return Costs(ParameterCount(stored, 0, trained), *training_cost(filter(is_finished, self.method.stages())))
 
     def sampling(self, decoding: DecodeSettings) -> SampleSettings:
         """As the base."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from safetensors import safe_open
+from torch import Tensor
 
 from timestep_experts.build import (
     RunContext,
@@ -16,19 +15,18 @@ from timestep_experts.build import (
     build_generator_sample_settings,
     build_mixture,
 )
-from timestep_experts.config import DistillConfig
+from timestep_experts.config import DistillConfig, OptimizerConfig
 from timestep_experts.data import DecodeSettings
 from timestep_experts.errors import UserError
 from timestep_experts.formats import SamplingDefaults
 from timestep_experts.inference import SampleSettings
 from timestep_experts.jobs.methods.low_rank import LowRankMethod
-from timestep_experts.jobs.plan import StagePlan, count_trained, read_base
+from timestep_experts.jobs.plan import StagePlan, check_optimiser, count_trained, read_base
 from timestep_experts.jobs.stages import fingerprint, preview_experts, train_stage
 from timestep_experts.mixture import Mixture, Mode
 from timestep_experts.models import Family
-from timestep_experts.training.checkpoint import require_same_fingerprint
 from timestep_experts.training.distill import DistillSettings, DistillStage, distill, distill_router
-from timestep_experts.training.loop import FINGERPRINT, RESULT
+from timestep_experts.training.loop import load_result
 
 
 @dataclass(frozen=True)
@@ -95,11 +93,13 @@ class Distilling(LowRankMethod):
     ) -> None:
         """Train those that are wanted; of all others take what is there."""
         last_of = {item.expert: item for item in stages}
+        finished = {expert: self._generator(last, context) for expert, last in last_of.items()}
         for item in stages:
-            last = last_of[item.expert]
-            if self.paths.is_finished(last.stage.name):
-                if item is last:
-                    self._load_generator(item, context)
+            generator = finished[item.expert]
+            if generator is not None:
+                if item is last_of[item.expert]:
+                    for name, tensor in item.trainee.own.items():
+                        tensor.copy_(generator[name])
             elif item.expert in wanted:
                 if self.config.inputs == "backsim":
                     self._require_earlier(stages, item)
@@ -118,14 +118,12 @@ class Distilling(LowRankMethod):
     def _unfinished(self, stages: Iterable[DistillStage]) -> list[str]:
         return [item.stage.name for item in stages if not self.paths.is_finished(item.stage.name)]
 
-    def _load_generator(self, item: DistillStage, context: RunContext) -> None:
-        """Load only the expert of a finished stage: nobody goes on with its fake score."""
-        folder = self.paths.stage(item.stage.name)
-        stored = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
-        require_same_fingerprint(stored, fingerprint(self.recipe, context, self.deciding(item.stage.name)), folder)
-        with safe_open(folder / RESULT, "pt") as opened:
-            for name, tensor in item.trainee.own.items():
-                tensor.copy_(opened.get_tensor(f"generator.{name}"))
+    def _generator(self, item: DistillStage, context: RunContext) -> dict[str, Tensor] | None:
+        """The expert of a finished stage, without the fake score, with which nobody goes on; ``None``: unfinished."""
+        deciding = fingerprint(self.recipe, context, self.deciding(item.stage.name))
+        loaded = load_result(self.paths.stage(item.stage.name), deciding)
+        prefix = "generator."
+        return loaded and {n.removeprefix(prefix): t for n, t in loaded.items() if n.startswith(prefix)}
 
     def _run(self, item: DistillStage, mixture: Mixture, context: RunContext, mode: Mode) -> None:
         """Run a stage. Preview pictures take all steps; where an expert is not trained yet, the step is the base's."""
@@ -133,7 +131,7 @@ class Distilling(LowRankMethod):
             self.recipe,
             context,
             item,
-            self.assembling.optimizer if item.stage.name == "assemble" else self.config.optimizer,
+            self._optimiser(item),
             self.paths.stage(item.stage.name),
             self.deciding(item.stage.name),
             preview_experts(context, mixture, mode, self.sampling(context.decoding), None),
@@ -169,7 +167,11 @@ class Distilling(LowRankMethod):
             stages.append(distill_router(mixture, family, settings, assembling))
         return [self._count(item) for item in stages]
 
+    def _optimiser(self, item: DistillStage) -> OptimizerConfig:
+        return self.assembling.optimizer if item.stage.name == "assemble" else self.config.optimizer
+
     def _count(self, item: DistillStage) -> StagePlan:
+        check_optimiser(self.variant.name, item.stage, self._optimiser(item))
         samples = item.stage.num_steps * item.stage.plan.batch_size
         return StagePlan(
             variant=self.variant.name,

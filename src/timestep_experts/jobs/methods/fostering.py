@@ -111,7 +111,9 @@ class Fostering(LowRankMethod):
         trains_text = self.config.experts.text_target_modules is not None
         base = base_bytes(self.recipe, meta_model, trains_text=trains_text)
         mixture = self.attach_to(meta_model)
-        plans = [count_stage(self.variant.name, stage) for stage in self._stages(mixture, meta_model)]
+        plans = [
+            count_stage(self.variant.name, stage, self._optimiser(stage)) for stage in self._stages(mixture, meta_model)
+        ]
         if not with_memory:
             return plans
 

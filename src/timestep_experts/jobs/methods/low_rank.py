@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from timestep_experts.inference import SampleSettings, attach, detach
 from timestep_experts.jobs.methods.merging import Merging
 from timestep_experts.jobs.methods.protocol import Candidate, CandidateMode, Costs
 from timestep_experts.jobs.paths import VariantPaths
+from timestep_experts.jobs.plan import StagePlan
 from timestep_experts.mixture import Mixture, Mode, ParameterCount
 from timestep_experts.models import Family, MetaModel
-from timestep_experts.training.log import read_log, training_cost
+from timestep_experts.training.log import LOG, read_log, training_cost
+from timestep_experts.training.loop import is_finished
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,10 @@ class BundleCandidate:
         left_out = [scale.name for scale in mixture.spec.scales if scale not in used]
         stages = [
             folder
-            for folder in self.method.paths.finished_stages()
-            if (is_routed or folder.name != "assemble") and not self.method.is_unused(folder.name, left_out)
+            for folder in self.method.stages()
+            if is_finished(folder)
+            and (is_routed or folder.name != "assemble")
+            and not self.method.is_unused(folder.name, left_out)
         ]
         stored = counted.stored if is_routed else trained
         return Costs(ParameterCount(stored, counted.active, trained), *training_cost(stages))
@@ -110,7 +115,7 @@ class MergedLoraCandidate:
         counted = mixture.count_parameters()
         experts = load_bundle(self.method.paths.bundle).tensors
         trained = sum(tensor.numel() for name, tensor in experts.items() if ".experts." in name)
-        stages = [folder for folder in self.method.paths.finished_stages() if folder.name != "assemble"]
+        stages = [folder for folder in self.method.stages() if is_finished(folder) and folder.name != "assemble"]
         return Costs(ParameterCount(counted.stored, counted.active, trained), *training_cost(stages))
 
     def sampling(self, decoding: DecodeSettings) -> SampleSettings:
@@ -206,6 +211,18 @@ class LowRankMethod(ABC):
         left_out = {"modes"} if stage == "assemble" else {"modes", "assemble"}
         return self.config.model_dump(mode="json", exclude=left_out)
 
+    @cached_property
+    def _stage_names(self) -> tuple[str, ...]:
+        return tuple(plan.stage for plan in self.plan())
+
+    def stages(self) -> dict[Path, dict[str, Any]]:
+        """See `Method`."""
+        return {self.paths.stage(name): self.deciding(name) for name in self._stage_names}
+
+    @abstractmethod
+    def plan(self, *, with_memory: bool = False) -> list[StagePlan]:
+        """See `Method`."""
+
     def attach_to(self, meta_model: MetaModel) -> Mixture:
         """The experts on the meta device, to be counted."""
         networks, targets = build_targets(self.config.experts, meta_model.denoisers, meta_model.text_encoders)
@@ -215,7 +232,7 @@ class LowRankMethod(ABC):
     def write_bundle(self, mixture: Mixture, context: RunContext, mode: Mode) -> None:
         """Write the experts as the variant's bundle, with how they were made."""
         shared = self.recipe.model_dump(mode="json", exclude={"variants", "output_dir", "method", "merge"})
-        folders = (path for path in sorted(self.paths.folder.iterdir()) if (path / "log.jsonl").is_file())
+        folders = [folder for folder in self.stages() if (folder / LOG).is_file()]
         bundle = Bundle(
             spec=mixture.spec,
             target_modules=tuple(mixture.layers),

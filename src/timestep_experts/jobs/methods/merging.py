@@ -111,7 +111,7 @@ class Merging:
         """A fingerprint of whatever decides the bytes of a merge."""
         return {
             "merge": self.config.model_dump(mode="json"),
-            "base_model": self.recipe.pretrained_model_name_or_path,
+            "base": self.context.base_sha256,
             "seeds": [self.recipe.seed, self.recipe.evaluation.seed],
             "experts": [file_sha256(file) for file in experts],
             "train_pictures": self.context.train.key,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from timestep_experts.build import RunContext
 from timestep_experts.config import Variant
@@ -98,6 +98,10 @@ class Method(Protocol):
         Raises:
             UserError: the base has no readable configuration, or what is asked does not fit it.
         """
+        ...
+
+    def stages(self) -> dict[Path, dict[str, Any]]:
+        """The folders of all stages, trained or not, each with whatever of the method decides its result's bytes."""
         ...
 
     def train(self, context: RunContext) -> None:
