@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
 from timestep_experts.data.sources import Dataset, Example, Skipped, list_skipped
 from timestep_experts.errors import UserError
-from timestep_experts.formats.atomic import write_json, write_tensors
+from timestep_experts.formats.locks import only_process_in
+from timestep_experts.formats.sealed import (
+    DamagedError,
+    read_sealed_json,
+    read_sealed_tensors,
+    write_sealed_json,
+    write_sealed_tensors,
+)
 from timestep_experts.models import Family
 from timestep_experts.models.encoding import CutCaptions
 
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 _BATCH = 64
 
 
@@ -128,10 +135,12 @@ def encode_dataset(
     contents = list(_read_all(dataset.examples))
     key = _key(dataset.examples, contents, settings, f"{family.encoder_fingerprint()}{as_tokens}")
     tensors_path, report_path = folder / f"{key}.safetensors", folder / f"{key}.json"
-    if not (tensors_path.is_file() and report_path.is_file()):
-        _build(dataset.examples, settings, family, as_tokens, tensors_path, report_path)
-    report = json.loads(report_path.read_text(encoding="utf-8"))
-    tensors = load_file(tensors_path)
+    with only_process_in(folder, waits=True):
+        found = _read(tensors_path, report_path)
+        if found is None:
+            _build(dataset.examples, settings, family, as_tokens, tensors_path, report_path)
+            found = read_sealed_tensors(tensors_path), read_sealed_json(report_path)
+    tensors, report = found
     features = {name.removeprefix("text."): value for name, value in tensors.items() if name.startswith("text.")}
     return EncodedDataset(
         latents=tensors["latents"],
@@ -143,6 +152,17 @@ def encode_dataset(
         key=key,
         is_tokenised=as_tokens,
     )
+
+
+def _read(tensors_path: Path, report_path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What was encoded earlier; ``None`` if nothing was, or if it is damaged."""
+    if not (tensors_path.is_file() and report_path.is_file()):
+        return None
+    try:
+        return read_sealed_tensors(tensors_path), read_sealed_json(report_path)
+    except DamagedError as error:
+        warnings.warn(f"{error}. It is encoded again", stacklevel=3)
+        return None
 
 
 def halves_by_caption(dataset: EncodedDataset, seed: int) -> tuple[EncodedDataset, EncodedDataset]:
@@ -231,7 +251,7 @@ def _build(
     features = _in_parts([*captions, ""], family.tokenize if as_tokens else family.encode_captions)
     for value in features.values():
         _require_finite(value, [f"caption {caption!r}" for caption in [*captions, ""]], "text features", family)
-    write_tensors(
+    write_sealed_tensors(
         tensors_path,
         {
             "latents": torch.cat([*latents, *mirrored]),
@@ -240,7 +260,7 @@ def _build(
         },
     )
     cut = [asdict(found) for found in family.cut_captions(captions)]
-    write_json(report_path, {"captions": captions, "skipped": skipped, "cut": cut})
+    write_sealed_json(report_path, {"captions": captions, "skipped": skipped, "cut": cut})
 
 
 def _require_finite(values: Tensor, places: Sequence[str], what: str, family: Family) -> None:

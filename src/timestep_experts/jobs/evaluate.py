@@ -31,6 +31,7 @@ from timestep_experts.evaluation import (
 from timestep_experts.formats import tool_versions
 from timestep_experts.formats.atomic import atomic_path, write_json, write_text
 from timestep_experts.formats.checkpoints import file_sha256
+from timestep_experts.formats.locks import only_process_in
 from timestep_experts.formats.sealed import DamagedError, read_sealed_json, write_sealed_json
 from timestep_experts.formats.yaml_text import yaml_text
 from timestep_experts.inference import sample
@@ -84,7 +85,8 @@ def evaluate(recipe: Recipe, context: RunContext) -> list[Result]:
     rows += [candidate for method in methods for candidate in method.candidates()]
     for row in rows:
         row.check()  # fails before minutes of sampling
-    return [_measure(recipe, context, settings, row) for row in rows]
+    with only_process_in(RunPaths(recipe.output_dir).evaluations):
+        return [_measure(recipe, context, settings, row) for row in rows]
 
 
 def write_run_report(recipe: Recipe, context: RunContext, results: Sequence[Result], command: str) -> Path:

@@ -81,6 +81,11 @@ class RunPaths:
         """The files of a variant."""
         return VariantPaths(self.output_dir / "variants" / name)
 
+    @property
+    def evaluations(self) -> Path:
+        """What was measured of all variants."""
+        return self.output_dir / "evaluation"
+
     def evaluation(self, variant: str, mode: str) -> Path:
         """What was measured of a variant in one mode."""
-        return self.output_dir / "evaluation" / f"{variant}-{mode}"
+        return self.evaluations / f"{variant}-{mode}"
