@@ -21,6 +21,7 @@ from torch import Tensor
 from timestep_experts.errors import UserError
 
 NUM_TRAIN_TIMESTEPS = 1000
+MOST_INTERVALS = 10_000
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,14 @@ class Partition:
         boundaries: n + 1 ascending values; the first is 0, the last is T.
 
     Raises:
-        UserError: fewer than two boundaries, not ascending, or not starting at 0.
+        UserError: fewer than two boundaries or too many, not ascending, or not starting at 0.
     """
 
     boundaries: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        if len(self.boundaries) - 1 > MOST_INTERVALS:
+            raise UserError(f"a partition has at most {MOST_INTERVALS:,} intervals; got {len(self.boundaries) - 1:,}")
         ascending = all(a < b for a, b in pairwise(self.boundaries))
         finite = all(math.isfinite(b) for b in self.boundaries)
         if len(self.boundaries) < 2 or self.boundaries[0] != 0 or not ascending or not finite:
@@ -77,8 +80,8 @@ class Partition:
         Raises:
             UserError: ``num_intervals`` below 1.
         """
-        if num_intervals < 1:
-            raise UserError(f"a partition needs at least 1 interval; got {num_intervals}")
+        if not 1 <= num_intervals <= MOST_INTERVALS:
+            raise UserError(f"a partition has 1 to {MOST_INTERVALS:,} intervals; got {num_intervals}")
         return cls(tuple(i * num_train_timesteps / num_intervals for i in range(num_intervals + 1)))
 
     def __len__(self) -> int:

@@ -194,11 +194,11 @@ def test_text_encoders_checkpoint_with_their_own_timesteps(family: StableDiffusi
     for is_checkpointed in (False, True):
         if is_checkpointed:
             encoder.activation_checkpointing_enable()
-        for parameter in mixture.layers["text_encoder.encoder.layers.0.self_attn.q_proj"].parameters():
+        for parameter in mixture.layers["text_encoder.text_model.encoder.layers.0.self_attn.q_proj"].parameters():
             parameter.requires_grad_(True).grad = None
         noise = normal(3, 4, 8, 8)
         family.predict(noise, T, family.features_at(tokens, T)).square().mean().backward()
-        layer = mixture.layers["text_encoder.encoder.layers.0.self_attn.q_proj"]
+        layer = mixture.layers["text_encoder.text_model.encoder.layers.0.self_attn.q_proj"]
         gradients.append(layer.experts["n4"].A.grad.clone())
     assert gradients[0].abs().max() > 0
     assert max_error(*gradients) <= 1e-7

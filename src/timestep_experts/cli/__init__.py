@@ -18,6 +18,7 @@ from rich.table import Table
 
 from timestep_experts.cli import merging
 from timestep_experts.cli.parsing import (
+    MOST_SEED,
     Overrides,
     RecipePath,
     escaped,
@@ -216,7 +217,7 @@ def sample(
     scheduler: Annotated[
         str | None, typer.Option(help="Any scheduler of diffusers; default: the base's own, or a generator's.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Picture i starts from seed + i.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Picture i starts from seed + i.")] = 0,
     height: Annotated[int | None, typer.Option(min=1, help="In pixels; default: as trained.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="In pixels; default: as trained.")] = None,
     num_frames: Annotated[int | None, typer.Option(min=1, help="Of clips; default: as trained.")] = None,

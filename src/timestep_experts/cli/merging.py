@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from timestep_experts.cli.parsing import (
+    MOST_SEED,
     Overrides,
     RecipePath,
     escaped,
@@ -55,7 +56,7 @@ def merge(
     component: Annotated[
         str | None, typer.Option(help="Of pipelines, the part to merge; default: the denoiser.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of dare.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of dare.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16; default: the base's.")] = None,
 ) -> None:
     """Merge fine-tuned copies of a base model into one ordinary model."""
@@ -244,7 +245,7 @@ def analyse(
         int, typer.Option(help="Numbers that a gradient is projected to; 0: keep all gradients whole.")
     ] = 65536,
     intervals: Annotated[int, typer.Option(help="Of the cut that the figure shows.")] = 4,
-    seed: Annotated[int, typer.Option(help="Of pictures, noise and projection.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Of pictures, noise and projection.")] = 0,
 ) -> None:
     """Say where gradients of timesteps agree, propose boundaries, and compare experts' task vectors."""
     quiet_libraries()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from timestep_experts.errors import UserError
 
+MOST_SEED = 2**53
 RecipePath = Annotated[Path, typer.Argument(help="A recipe YAML; see the folder recipes/.", metavar="RECIPE")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides, e.g. method.max_train_steps=100", metavar="[KEY=VALUE]...")
@@ -25,8 +27,9 @@ def make_console() -> Console:
 
 
 def escaped(value: object) -> str:
-    """Text that rich prints as it is."""
-    return str(value).replace("[", r"\[")
+    """Text that rich prints as it is; what a terminal would obey (escape codes) is written out."""
+    text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(value))
+    return text.replace("[", r"\[")
 
 
 def numbers(text: str, option: str, count: int | None = None) -> tuple[float, ...]:
@@ -44,6 +47,8 @@ def numbers(text: str, option: str, count: int | None = None) -> tuple[float, ..
         found = tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise UserError(f"{option} takes numbers separated by commas; got {text!r}") from error
+    if not all(map(math.isfinite, found)):
+        raise UserError(f"{option} takes finite numbers; got {text!r}")
     if count is not None and len(found) != count:
         raise UserError(f"{option} takes {count} numbers; got {text!r}")
     return found

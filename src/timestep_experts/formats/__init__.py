@@ -2,6 +2,6 @@
 
 from timestep_experts.formats.bundle import Bundle, load_bundle, save_bundle
 from timestep_experts.formats.sampling import SamplingDefaults
-from timestep_experts.formats.versions import tool_versions
+from timestep_experts.formats.versions import portable, tool_versions
 
-__all__ = ["Bundle", "SamplingDefaults", "load_bundle", "save_bundle", "tool_versions"]
+__all__ = ["Bundle", "SamplingDefaults", "load_bundle", "portable", "save_bundle", "tool_versions"]

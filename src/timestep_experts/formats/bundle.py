@@ -7,18 +7,20 @@ described in ``docs/bundle.md``.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from timestep_experts.errors import UserError
 from timestep_experts.formats.atomic import atomic_path, write_json, write_tensors
+from timestep_experts.formats.checkpoints import read_shapes
 from timestep_experts.formats.sampling import SamplingDefaults, sampling_of_version_1
 from timestep_experts.mixture import MixtureSpec, Mode
 
@@ -27,6 +29,8 @@ FORMAT_VERSION = 2
 DOCUMENT, TENSORS = "mixture.json", "mixture.safetensors"
 """The files of a bundle."""
 _SPEC = TypeAdapter(MixtureSpec)
+_MOST_BYTES = 2**25
+_SHORT_CLIP_NAME = re.compile(r"^(text_encoder(?:_\d)?)\.(encoder\.layers|embeddings|final_layer_norm)\b")
 
 
 class BundleDocument(BaseModel):
@@ -69,6 +73,11 @@ class Bundle:
     provenance: Mapping[str, Any]
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
 
+    def __post_init__(self) -> None:
+        """Layers of CLIP's text encoder get the names that they have in files, see `named_layers`."""
+        object.__setattr__(self, "target_modules", tuple(map(_canonical, self.target_modules)))
+        object.__setattr__(self, "tensors", {_canonical(name): tensor for name, tensor in self.tensors.items()})
+
 
 def save_bundle(bundle: Bundle, folder: Path) -> None:
     """Write a bundle, replacing one that stands there; atomic."""
@@ -97,10 +106,16 @@ def load_bundle(folder: Path | str) -> Bundle:
     """
     folder = Path(folder)
     document = _read_document(folder / DOCUMENT)
+    path = folder / TENSORS
+    if not path.is_file():
+        raise UserError(f"the bundle {folder} is damaged: there is no file {TENSORS}")
     try:
-        tensors = load_file(folder / TENSORS)
-    except (SafetensorError, OSError) as error:
+        _check_shapes(document, read_shapes(path))
+        tensors = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"the bundle {folder} is damaged: {TENSORS}: {error}") from error
+    if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise UserError(f"the bundle {folder} is not usable: {wrong[0]} has numbers that are not finite")
     return Bundle(
         spec=document.mixture,
         target_modules=document.target_modules,
@@ -113,12 +128,48 @@ def load_bundle(folder: Path | str) -> Bundle:
     )
 
 
+def _check_shapes(document: BundleDocument, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare what a document promises with the header of the tensors' file, before anything of that size is made.
+
+    Raises:
+        UserError: a tensor is missing, unexpected, or of another shape.
+    """
+    spec = document.mixture
+    num_gated, rows = len(spec.gated_scales), spec.router_knots or spec.num_train_timesteps
+    wanted: dict[str, tuple[int | None, ...]] = {}
+    for path in document.target_modules:
+        for scale in spec.scales:
+            wanted[f"{path}.experts.{scale.name}.A"] = (None, scale.rank, None)
+            wanted[f"{path}.experts.{scale.name}.B"] = (None, None, None)
+        if num_gated and spec.router_input != "t":
+            wanted |= {f"{path}.router.F": (num_gated, None), f"{path}.router.bias": (num_gated,)}
+        if num_gated and spec.router_input != "z":
+            wanted[f"{path}.router.E"] = (rows, num_gated)
+    if strange := sorted(wanted.keys() ^ shapes.keys()):
+        kind = "is missing" if strange[0] in wanted else "is not expected"
+        raise UserError(f"{strange[0]} {kind}, as {len(strange)} tensors are")
+    for name, sizes in wanted.items():
+        found = shapes[name]
+        if len(found) != len(sizes) or any(w not in (None, f) for f, w in zip(found, sizes, strict=True)):
+            text = " x ".join("any" if size is None else str(size) for size in sizes)
+            raise UserError(f"{name} should be {text} by {DOCUMENT}; it is {' x '.join(map(str, found))}")
+        count = next((len(s.partition) for s in spec.scales if name.endswith((f".{s.name}.A", f".{s.name}.B"))), None)
+        if count is not None and not 1 <= found[0] <= count:
+            raise UserError(f"{name} has {found[0]} experts; {DOCUMENT} says {count}")
+
+
+def _canonical(name: str) -> str:
+    return _SHORT_CLIP_NAME.sub(r"\1.text_model.\2", name)
+
+
 def _read_document(path: Path) -> BundleDocument:
     if not path.is_file():
         raise UserError(f"no bundle at {path.parent}: it has no {path.name}")
+    if path.stat().st_size > _MOST_BYTES:
+        raise UserError(f"the bundle {path.parent} is damaged: {path.name} is larger than {_MOST_BYTES:,} bytes")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"the bundle {path.parent} is damaged: {path.name} is not JSON ({error})") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UserError(f"{path} does not describe a bundle: its 'format' should be {FORMAT!r}")
@@ -127,7 +178,7 @@ def _read_document(path: Path) -> BundleDocument:
         raise UserError(f"{path} has format version {version}; this release reads up to {FORMAT_VERSION}")
     try:
         return BundleDocument.model_validate(_from_version_1(document) if version == 1 else document)
-    except (ValidationError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the bundle {path.parent} is damaged: {path.name}: {error}") from error
 
 

@@ -132,6 +132,15 @@ class Checkpoint:
             raise UserError(f"{self.index} lists {name} in {listed}, but {real} holds it")
 
 
+def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a file's tensors, by its header alone.
+
+    Raises:
+        UserError: it is no readable ``.safetensors`` file.
+    """
+    return {name: info.shape for name, info in _read_header(path)[1].items()}
+
+
 def file_sha256(path: Path, on_bytes: Callable[[int], object] | None = None) -> str:
     """SHA-256 of a file, as ``sha256sum`` prints it.
 

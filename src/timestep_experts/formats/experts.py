@@ -48,6 +48,9 @@ class ExpertRecord:
         seed: of its samples.
         sampling: how it is meant to be sampled from.
         provenance: how it was made; for people, no code reads it.
+
+    Raises:
+        UserError: the boundaries are no partition, or the index is none of its intervals.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -59,6 +62,11 @@ class ExpertRecord:
     seed: int
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check that the range is one of those that there are."""
+        if not 0 <= self.index < len(Partition(self.boundaries)):
+            raise UserError(f"there is no range {self.index} among {len(self.boundaries) - 1}")
 
 
 _RECORD = TypeAdapter(ExpertRecord)

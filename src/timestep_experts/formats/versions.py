@@ -1,8 +1,9 @@
-"""The versions that are written into files."""
+"""What records in files say of where they come from."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -16,3 +17,9 @@ def tool_versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "diffusers": version("diffusers"),  # from its metadata, for it takes seconds to load
     }
+
+
+def portable(path: Path | str) -> str:
+    """A path as records that others read may have it: a relative one as it is, of an absolute one the last name."""
+    place = Path(path)
+    return place.name if place.is_absolute() else str(path)

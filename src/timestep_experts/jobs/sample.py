@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
 
 from timestep_experts.errors import UserError
 from timestep_experts.formats import SamplingDefaults, load_bundle
+from timestep_experts.formats.atomic import check_output_folder
 from timestep_experts.formats.dtypes import DTYPES
 from timestep_experts.formats.experts import find_experts
 from timestep_experts.inference import SampleSettings, SamplingCost, attach, attach_ensemble, counted, sample
 from timestep_experts.jobs.samples import DEFAULT_FPS, SHEET, save_sample_sheet, save_samples
 from timestep_experts.mixture import MODES, Mode
 from timestep_experts.models import Family, load_family, resolve_model
+from timestep_experts.models.sources import require_source
 
 _BATCH_SIZE = 16
 _STEPS, _GUIDANCE = 20, 3.0
@@ -63,11 +66,12 @@ def sample_bundle(
     mode: Mode | None = next((known for known in MODES if known == options.mode), None)
     if options.mode is not None and (mode is None or mode == "foster"):
         raise UserError(f"unknown mode {options.mode!r}: allowed are switch, route and off")
+    check_output_folder(output, makes=False)
     loaded = load_bundle(bundle)
     if options.fused and (mode or loaded.mode) != "switch":
         raise UserError(f"only mode switch can be fused; this is mode {mode or loaded.mode}")
     family = load_family(
-        resolve_model(options.model or loaded.base_model),
+        _base_of(options, loaded.base_model),
         _device(),
         DTYPES[loaded.sampling.base_dtype],
         loaded.sampling.base_quantization,
@@ -102,11 +106,27 @@ def sample_ensemble(
         raise UserError(f"mode {options.mode!r} is for bundles; an ensemble has one expert at a time")
     if options.fused:
         raise UserError("fusing is for bundles; an ensemble's experts are whole weights already")
+    check_output_folder(output, makes=False)
     folders, partition, record = find_experts(experts)
-    family = load_family(resolve_model(options.model or record.base_model), _device())
+    family = load_family(_base_of(options, record.base_model), _device())
     ensemble = attach_ensemble(family.pipeline(), folders, partition, resident)
     paths, cost = _sample(family, record.sampling, prompts, output, options)
     return paths, cost, ensemble.num_swaps
+
+
+def _base_of(options: SampleOptions, recorded: str) -> str:
+    """The base that was asked for, or the one that the weights were made on.
+
+    Raises:
+        UserError: it is not there.
+    """
+    source = resolve_model(options.model or recorded)
+    try:
+        require_source(source)
+    except UserError as error:
+        hint = "" if options.model else "; the weights were made on it, and if it is elsewhere now, --model says where"
+        raise UserError(f"{error}{hint}") from error
+    return source
 
 
 def _device() -> torch.device:
@@ -117,12 +137,22 @@ def _sample(
     family: Family, defaults: SamplingDefaults, prompts: Sequence[str], output: Path, options: SampleOptions
 ) -> tuple[list[Path], SamplingCost]:
     settings = _settings(family, defaults, options)
+    family.check_size(settings.size, settings.num_frames)
     with counted(family.pipeline()) as cost:
         samples = sample(family.pipeline(), prompts, settings)
-    names = [f"{options.seed + index:06d}" for index in range(len(samples))]
+    names, sheet = _free_names(output, [f"{options.seed + index:06d}" for index in range(len(samples))])
     paths = save_samples(output, samples, names, options.fps or defaults.fps or DEFAULT_FPS)
-    save_sample_sheet(output / SHEET, samples, prompts)
-    return [*paths, output / SHEET], cost
+    save_sample_sheet(sheet, samples, prompts)
+    return [*paths, sheet], cost
+
+
+def _free_names(folder: Path, names: list[str]) -> tuple[list[str], Path]:
+    """Names and a contact sheet that overwrite nothing: from the second time on they end in a number."""
+    taken = {path.stem for path in folder.iterdir()} if folder.is_dir() else set()
+    sheet = Path(SHEET)
+    endings = ("" if number == 1 else f"-{number}" for number in count(1))
+    ending = next(e for e in endings if taken.isdisjoint([f"{name}{e}" for name in (*names, sheet.stem)]))
+    return [f"{name}{ending}" for name in names], folder / f"{sheet.stem}{ending}{sheet.suffix}"
 
 
 def _settings(family: Family, defaults: SamplingDefaults, options: SampleOptions) -> SampleSettings:

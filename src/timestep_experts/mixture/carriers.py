@@ -2,6 +2,7 @@
 
 PEFT wraps a layer in one of its own, and ``torch.compile`` wraps a module in an ``OptimizedModule``. Names of layers
 are those of the bare network, and experts sit on the innermost layer, so the order of these things does not matter.
+Nor does the release of transformers: some name the same layers of CLIP differently.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import nn
 from timestep_experts.errors import UserError
 
 _COMPILED = "_orig_mod"
+_CLIPS = ("CLIPTextModel", "CLIPTextModelWithProjection")
+_INSIDE_CLIP = ("encoder.", "embeddings.", "final_layer_norm")  # below text_model before transformers 5.6
 _JOINED_WHEN_FUSED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
@@ -30,11 +33,17 @@ def innermost(module: nn.Module) -> nn.Module:
 
 
 def named_layers(network: nn.Module) -> dict[str, nn.Module]:
-    """All modules below a network by their names in the bare network; a wrapped layer stands for what it wraps."""
+    """All modules below a network by their names in the bare network; a wrapped layer stands for what it wraps.
+
+    Layers of CLIP's text encoder have the names of the files of LoRAs, whatever transformers calls them.
+    """
     named: dict[str, nn.Module] = {}
     inside: tuple[str, ...] = ()
+    lacks_prefix = not hasattr(network, "text_model") and any(k.__name__ in _CLIPS for k in type(network).__mro__)
     for path, module in network.named_modules():
         name = ".".join(part for part in path.split(".") if part != _COMPILED)
+        if lacks_prefix and name.startswith(_INSIDE_CLIP):
+            name = f"text_model.{name}"
         if not name or name in named or name.startswith(inside):
             continue
         named[name] = innermost(uncompiled(module))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -9,6 +10,9 @@ from functools import reduce
 from timestep_experts.errors import UserError
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture.router import GateGranularity, RouterInput
+
+MOST_RANK = 2**16
+MOST_TIMESTEPS = 10**6
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Scale:
             only each other.
 
     Raises:
-        UserError: the name has other characters, or the rank is below 1.
+        UserError: the name has other characters, the rank is below 1 or absurd, or alpha or base gate is not finite.
     """
 
     name: str
@@ -41,8 +45,10 @@ class Scale:
     def __post_init__(self) -> None:
         if not self.name or not self.name.replace("_", "").replace("-", "").isalnum():
             raise UserError(f"a scale's name is made of letters, digits, '_' and '-'; got {self.name!r}")
-        if self.rank < 1:
-            raise UserError(f"scale {self.name!r}: rank must be at least 1; got {self.rank}")
+        if not 1 <= self.rank <= MOST_RANK:
+            raise UserError(f"scale {self.name!r}: rank must be from 1 to {MOST_RANK:,}; got {self.rank}")
+        if not (math.isfinite(self.alpha) and math.isfinite(self.base_gate)):
+            raise UserError(f"scale {self.name!r}: alpha and base_gate must be finite")
 
     @property
     def scaling(self) -> float:
@@ -67,7 +73,8 @@ class MixtureSpec:
         dropout: on the experts' input while training, in [0, 1).
 
     Raises:
-        UserError: there is no scale, a name is repeated, partitions differ in T, or the dropout lies outside [0, 1).
+        UserError: there is no scale, a name is repeated, partitions differ in T or T is absurd, the dropout is outside
+            [0, 1), or the number of knots outside [2, T + 1].
     """
 
     scales: tuple[Scale, ...]
@@ -83,6 +90,10 @@ class MixtureSpec:
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must lie in [0, 1); got {self.dropout}")
         _ = self.strata  # partitions of different T fail here
+        if not self.scales[0].partition.num_train_timesteps <= MOST_TIMESTEPS:
+            raise UserError(f"a mixture knows at most {MOST_TIMESTEPS:,} timesteps")
+        if self.router_knots is not None and not 2 <= self.router_knots <= self.num_train_timesteps + 1:
+            raise UserError(f"router_knots must be from 2 to T + 1; got {self.router_knots}")
 
     @property
     def strata(self) -> Partition:

@@ -127,7 +127,9 @@ class Family(ABC):
             pipeline = load(source, dtype=dtype, **options)
             check_weights(Path(source), {k: v for k, v in pipeline.components.items() if isinstance(v, nn.Module)})
             pipeline.to(device)
-        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # of safetensors, tokenizers and others: all mean that the files are no such base
             raise UserError(f"cannot load a {kind.__name__} from {source!r}: {error}") from error
         return cls(pipeline, source)
 
@@ -154,7 +156,9 @@ class Family(ABC):
         kind: Any = cls.pipeline_class
         try:
             pipeline = kind.from_pretrained(source, **{**cls.loading_options, **cls._left_out(source), **networks})
-        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # see `load`
             raise UserError(f"cannot load a {kind.__name__} from {source!r}: {error}") from error
         return cls(pipeline, source)
 

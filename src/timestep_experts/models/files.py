@@ -16,6 +16,7 @@ from timestep_experts.errors import UserError
 _WEIGHTS = ("*.safetensors", "*.bin")
 _CONFIGS = ("config.json", "scheduler_config.json", "preprocessor_config.json")
 _PARTS_OF_STABLE_DIFFUSION = ("model.diffusion_model.", "cond_stage_model.", "first_stage_model.")
+_MOST_LAYERS, _MOST_OF_ANYTHING = 1000, 10**7
 _TELLTALES = {
     ".experts.": "a mixture of timestep experts",
     "lora": "a LoRA",
@@ -48,6 +49,32 @@ def check_folder(folder: Path, pipeline_class: Any, needed: Iterable[str], unuse
         raise UserError(f"model_index.json {' and '.join(said)}; a {pipeline_class.__name__} has {', '.join(known)}")
     for name in listed.keys() - set(unused):
         _check_part(folder / name, listed[name])
+
+
+def check_configurations(folder: Path) -> None:
+    """Refuse what would hang or fill the memory when a library reads it: pipes, devices, and absurd sizes.
+
+    Args:
+        folder: of a pipeline; anything else is not looked at.
+
+    Raises:
+        UserError: naming the file, and the key.
+    """
+    for path in (*folder.glob("*"), *folder.glob("*/*")) if folder.is_dir() else ():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UserError(f"cannot load a pipeline from {str(folder)!r}: {path} is neither a file nor a folder")
+    for path in folder.glob("*/config.json"):
+        try:
+            document = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"cannot load a pipeline from {str(folder)!r}: {path} is no JSON: {error}") from error
+        for key, value in document.items() if isinstance(document, dict) else ():
+            most = _MOST_LAYERS if "layer" in key and "epsilon" not in key else _MOST_OF_ANYTHING
+            if isinstance(value, int) and value > most:
+                raise UserError(
+                    f"cannot load a pipeline from {str(folder)!r}: {path} says {key}: {value:,}; at most {most:,} is"
+                    " believed"
+                )
 
 
 def _check_part(folder: Path, kind: str) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from timestep_experts.errors import UserError
 from timestep_experts.intervals import Interval
 from timestep_experts.models.family import SECOND_DENOISERS, Family
+from timestep_experts.models.files import check_configurations
 from timestep_experts.models.quantization import quantised_names
 from timestep_experts.models.registry import FAMILIES
 from timestep_experts.models.sources import require_source
@@ -86,6 +87,7 @@ def read_meta_model(source: str) -> MetaModel:
         UserError: a configuration is missing or unreadable, or the pipeline is of no known family.
     """
     require_source(source)
+    check_configurations(Path(source))
     if Path(source).is_file():
         raise UserError(
             f"cannot plan with {source!r}: a single file has no configuration. Make it a folder once:"
@@ -104,7 +106,9 @@ def read_meta_model(source: str) -> MetaModel:
         }
         networks = {n: _empty(source, n, *index[n]) for n in sorted(names) if n in index and index[n][1]}
         scheduler = _scheduler(source, index)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # libraries raise many kinds; all mean that the configurations are damaged
         raise UserError(f"cannot load a pipeline from {source!r}: {error}") from error
     total = int(scheduler.config["num_train_timesteps"])
     return MetaModel(

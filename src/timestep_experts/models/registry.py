@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from timestep_experts.errors import UserError
 from timestep_experts.models.ddpm import DDPM
 from timestep_experts.models.family import Family
+from timestep_experts.models.files import check_configurations
 from timestep_experts.models.flux import Flux
 from timestep_experts.models.pixart import PixArt, PixArtSigma
 from timestep_experts.models.quantization import Quantization
@@ -62,6 +63,7 @@ def load_family(
         UserError: it is no pipeline or none of `FAMILIES`, or it cannot be loaded.
     """
     require_source(source)
+    check_configurations(Path(source))
     if Path(source).suffix == ".safetensors":
         return StableDiffusion.load(source, device, dtype, quantization)
     supported = f"supported are folders and hub ids of {', '.join(FAMILIES)}, and .safetensors files of the first"

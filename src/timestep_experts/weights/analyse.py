@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from timestep_experts.errors import UserError
 from timestep_experts.evaluation.gradients import Gradients, GradientSettings, measure_gradients
-from timestep_experts.formats import tool_versions
+from timestep_experts.formats import portable, tool_versions
 from timestep_experts.formats.atomic import atomic_path, write_json
 from timestep_experts.formats.checkpoints import Checkpoint
 from timestep_experts.formats.model_folders import find_weights
@@ -191,7 +191,7 @@ def _record(
     return {
         "format": "timestep-experts/analysis",
         "format_version": 1,
-        "base": source,
+        "base": portable(source),
         "settings": asdict(settings),
         "num_parameters": gradients.num_parameters,
         "t": gradients.t,

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from timestep_experts.errors import UserError
+from timestep_experts.formats import portable
 from timestep_experts.formats.checkpoints import Checkpoint, file_sha256, weights_sha256
 from timestep_experts.formats.experts import BASE_KEY
 
@@ -36,7 +37,7 @@ class MergeInput:
 
     def described(self) -> dict[str, Any]:
         """For a record."""
-        return {"path": str(self.weights.path), "sha256": self.sha256, "files": dict(self.files)}
+        return {"path": portable(self.weights.path), "sha256": self.sha256, "files": dict(self.files)}
 
 
 def hash_inputs(checkpoints: Sequence[Checkpoint]) -> list[MergeInput]:

@@ -16,13 +16,14 @@ from tqdm import tqdm
 
 from timestep_experts.errors import UserError
 from timestep_experts.evaluation.merges import MergeBench, MergeLosses, MergeSplit
-from timestep_experts.formats import Bundle, load_bundle, save_bundle, tool_versions
+from timestep_experts.formats import Bundle, load_bundle, portable, save_bundle, tool_versions
 from timestep_experts.formats.atomic import atomic_path, write_json
 from timestep_experts.formats.dtypes import DTYPES, parse_dtype
 from timestep_experts.formats.lora import one_expert_bundle, save_lora, updates_of
 from timestep_experts.inference import attach, detach
 from timestep_experts.intervals import Interval
 from timestep_experts.merging import LowRank, Truncated, Weights, truncate, weighted_sum
+from timestep_experts.mixture.carriers import named_layers
 from timestep_experts.mixture.geometry import LayerGeometry
 from timestep_experts.models import read_meta_model, resolve_model
 from timestep_experts.weights.measured import MeasuredBase
@@ -159,7 +160,7 @@ def write_merged(
         updates = {path: part.update for path, part in cut.items()}
         write_lora(draft, updates, layers, settings, bundle, record)
         if bench is not None and found is not None:
-            bench.write(draft / "search.json", found, str(bundle_path))
+            bench.write(draft / "search.json", found, portable(bundle_path))
     return merged
 
 
@@ -187,8 +188,8 @@ def read_parts(bundle: Bundle, model: str) -> tuple[dict[str, list[LowRank]], di
 def _geometry(networks: Mapping[str, nn.Module], path: str, model: str) -> LayerGeometry:
     name, _, inner = path.partition(".")
     try:
-        return LayerGeometry.of(networks[name].get_submodule(inner), path)
-    except (KeyError, AttributeError) as error:
+        return LayerGeometry.of(named_layers(networks[name])[inner], path)
+    except KeyError as error:
         raise UserError(f"the bundle has experts for {path}, which {model} lacks") from error
 
 
@@ -328,8 +329,8 @@ def _record(bundle: Path, model: str, settings: LoraSettings, merged: MergedLora
     return {
         "format": "timestep-experts/lora",
         "format_version": 1,
-        "bundle": str(bundle),
-        "base_model": model,
+        "bundle": portable(bundle),
+        "base_model": portable(model),
         "rank": settings.rank,
         "experts": [{"expert": e, "weight": w} for e, w in zip(merged.labels, merged.weights, strict=True)],
         "energy_kept": merged.total_kept,

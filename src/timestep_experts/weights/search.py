@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from timestep_experts.errors import UserError
 from timestep_experts.evaluation.merges import MergeBench, MergeLosses, MergeSplit
-from timestep_experts.formats import tool_versions
+from timestep_experts.formats import portable, tool_versions
 from timestep_experts.formats.atomic import atomic_path, write_json
 from timestep_experts.formats.checkpoints import Checkpoint
 from timestep_experts.formats.experts import read_projections
@@ -106,7 +106,7 @@ def describe_merge(
     """What `read_search` needs to make the merge that a search found, for the record of `write_search`."""
     found = groups.settings(search.found.weights)
     return {
-        "base": {"path": source, "sha256": None if base is None else base.sha256},
+        "base": {"path": portable(source), "sha256": None if base is None else base.sha256},
         "experts": [expert.described() for expert in experts],
         "weights": found.weights,
         "block_weights": dict(found.block_weights),
