@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import pytest
 import torch
-from tests.families.tiny import flow_scheduler, flux, stable_diffusion, stable_diffusion_xl
+from tiny import flow_scheduler, flux, pixart, stable_diffusion, stable_diffusion_xl
 from torch import Tensor, nn
 
+from conftest import max_error, normal, randomise
 from timestep_experts.errors import UserError
+from timestep_experts.formats import Bundle
+from timestep_experts.inference import attach
 from timestep_experts.inference.sample import choose_scheduler
 from timestep_experts.intervals import Partition, is_flow
 from timestep_experts.jobs.explain import load_scheduler
-from timestep_experts.mixture import Mixture, MixtureSpec, Scale, TimestepInput, timestep_input_of
+from timestep_experts.mixture import Mixture, MixtureSpec, Scale, TimestepInput, asymmetric, timestep_input_of
 from timestep_experts.models import StableDiffusion, StableDiffusionXL
 from timestep_experts.models.noise import flow_shift
 
@@ -229,3 +233,138 @@ def test_every_class_with_an_own_way_is_one_of_diffusers() -> None:
     from timestep_experts.mixture.timesteps import _BY_CLASS
 
     assert [name for name in _BY_CLASS if not hasattr(diffusers, name)] == []
+
+
+# Padding
+
+
+class Masked(nn.Module):
+    """A text encoder of one layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(4, 4)
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.q_proj(tokens)  # type: ignore[no-any-return]
+
+
+ROUTED = MixtureSpec(asymmetric([Scale("n4", Partition.uniform(4), 2, 2.0), Scale("n1", Partition.uniform(1), 2, 2.0)]))
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_gates_of_a_text_encoder_do_not_see_padding(by_name: bool) -> None:
+    encoder = Masked()
+    mixture = randomise(Mixture.attach(encoder, ROUTED, ["q_proj"]))
+    mixture.mode = "route"
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+    tokens = normal(2, 5, 4)
+    other = torch.where(mask[..., None] == 1, tokens, 100.0)
+
+    def call(tokens: Tensor, mask: Tensor | None) -> Tensor:
+        with mixture.at(torch.tensor([600.0])), torch.no_grad():
+            return encoder(tokens, attention_mask=mask) if by_name else encoder(tokens, mask)
+
+    with mixture.recorded_gates() as log:
+        first, second = call(tokens, mask), call(other, mask)
+    router = mixture.layers["q_proj"].router
+    assert router is not None
+    assert router.F is not None
+    assert router.bias is not None
+    assert router.E is not None
+    own = torch.stack([tokens[0, :3].mean(0), tokens[1, :2].mean(0)])
+    expected = own @ router.F.T + router.bias + router.E[600]
+    assert torch.allclose(log["q_proj"][0], expected, atol=1e-6)
+    assert torch.allclose(log["q_proj"][1], expected, atol=1e-6)
+    assert torch.allclose(first[mask == 1], second[mask == 1], atol=1e-5)
+    assert max_error(call(tokens, None), first) > 1e-4
+
+
+@pytest.mark.parametrize("kind", [diffusers.PixArtAlphaPipeline, diffusers.PixArtSigmaPipeline])
+def test_gates_of_cross_attention_do_not_see_padding(kind: type[Any]) -> None:
+    denoiser = pixart(kind=kind).transformer
+    targets = ["attn2.to_k", "attn2.to_v", "attn1.to_q", "caption_projection.linear_1"]
+    mixture = randomise(Mixture.attach(denoiser, ROUTED, targets))
+    mixture.mode = "route"
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
+    text = normal(2, 6, 16)
+
+    @torch.no_grad()
+    def call(text: Tensor) -> Tensor:
+        added = {"resolution": None, "aspect_ratio": None}
+        given = {"added_cond_kwargs": added, "encoder_attention_mask": mask}
+        return denoiser(normal(2, 4, 8, 8), text, timestep=torch.tensor([600, 10]), **given).sample
+
+    garbage = torch.where(mask[..., None] == 1, text, 10 * normal(2, 6, 16, seed=1))
+    assert max_error(call(garbage), call(text)) <= 1e-5
+    assert max_error(call(text.flip(1)), call(text)) > 1e-3
+
+
+# A specification that trains nothing
+
+
+def routed_loss(mixture: Mixture, denoiser: Told) -> Tensor:
+    mixture.mode = "route"
+    return denoiser(torch.ones(2, 4), torch.tensor([300.0, 900.0])).square().mean()
+
+
+def test_a_context_that_cannot_learn_is_named_at_the_first_backward() -> None:
+    denoiser = Told()
+    mixture = Mixture.attach(denoiser, ROUTED, ["to_q"])
+    loss = routed_loss(mixture, denoiser)
+    with pytest.warns(UserWarning, match=r"context 'n1' cannot learn.*mixture.foster\('n1'\)"):
+        loss.backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        routed_loss(mixture, denoiser).backward()  # it is said once
+
+
+@pytest.mark.parametrize("remedy", ["fostered", "base gate", "frozen"])
+def test_a_context_that_can_learn_is_not_named(remedy: str) -> None:
+    denoiser = Told()
+    spec = ROUTED.with_base_gates(1.0) if remedy == "base gate" else ROUTED
+    mixture = Mixture.attach(denoiser, spec, ["to_q"])
+    mixture.layers["to_q"].experts["n4"].B.data.fill_(0.1)  # type: ignore[union-attr]
+    if remedy == "fostered":
+        mixture.foster("n1")
+        optimiser = torch.optim.SGD(mixture.parameters(), lr=0.1)
+        denoiser(torch.ones(2, 4), torch.tensor([300.0, 900.0])).square().mean().backward()
+        optimiser.step()
+    if remedy == "frozen":
+        for layer in mixture.layers.values():
+            layer.experts.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        routed_loss(mixture, denoiser).backward()
+
+
+# Names
+
+
+def test_layers_of_clip_have_the_names_of_lora_files() -> None:
+    pipeline = stable_diffusion_xl()
+    for name in ("text_encoder", "text_encoder_2"):
+        mixture = Mixture.attach(getattr(pipeline, name), SPEC, ["q_proj"])
+        assert all(layer.startswith("text_model.encoder.layers.") for layer in mixture.layers)
+        mixture.detach()
+
+
+@pytest.mark.parametrize("prefix", ["text_encoder.", "text_encoder.text_model."])
+def test_a_bundle_fits_whatever_transformers_calls_the_layers(prefix: str) -> None:
+    pipeline = stable_diffusion()
+    networks = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+    mixture = randomise(Mixture.attach(networks, SPEC, {"unet": ["to_q"], "text_encoder": ["q_proj"]}))
+    tensors = {name: value.clone() for name, value in mixture.state_dict().items()}
+    paths = tuple(mixture.layers)
+    mixture.detach()
+
+    def renamed(name: str) -> str:
+        return name.replace("text_encoder.text_model.", prefix)
+
+    bundle = Bundle(
+        SPEC, tuple(map(renamed, paths)), {renamed(n): v for n, v in tensors.items()}, "switch", "a base", "a UNet", {}
+    )
+    attached = attach(pipeline, bundle)
+    assert {name: value.tolist() for name, value in attached.state_dict().items()} == {
+        name: value.tolist() for name, value in tensors.items()
+    }

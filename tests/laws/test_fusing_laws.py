@@ -328,25 +328,48 @@ def test_off_is_the_base_to_the_bit(unet):
     assert not torch.equal(predict(unet, 640), fused)
 
 
-@pytest.mark.parametrize("mode", ["off", "route", "foster"])
-def test_only_switching_is_fused(unet, mode):
+@pytest.mark.parametrize("gate", ["sample", "token"])
+@pytest.mark.parametrize("base_gate", [0.0, 0.5])
+@pytest.mark.parametrize("t", [640, torch.tensor([640, 630, 625]), torch.tensor([999, 3, 640])])
+def test_routing_with_the_core_in_the_weights_says_the_same(unet, gate, base_gate, t):
+    targets = TARGETS if gate == "sample" else ["to_q", "to_v"]
+    mixture = randomise(Mixture.attach(unet, MixtureSpec(scales(8, 3, 1, base_gate=base_gate), gate=gate), targets))
+    mixture.mode = "route"
+    weights = bytes_of(unet)
+    beside = predict(unet, t)
+    mixture.mode = "switch"
+    switched = predict(unet, t)
+    mixture.mode = "route"
+    fuse(mixture)
+    assert max_error(predict(unet, t), beside) <= 1e-5 * beside.abs().max()
+    is_mixed = isinstance(t, Tensor) and 3 in t
+    assert all(holds_experts(layer) is not is_mixed for layer in mixture.layers.values())
+    mixture.mode = "switch"
+    assert max_error(predict(unet, t), switched) <= 1e-5 * switched.abs().max()
+    assert max_error(beside, switched) > 1e-3
+    unfuse(mixture)
+    require_same(bytes_of(unet), weights)
+
+
+@pytest.mark.parametrize("mode", ["off", "foster"])
+def test_only_switching_and_routing_are_fused(unet, mode):
     mixture = equipped(unet)
     if mode == "foster":
         mixture.foster("n8")
     else:
         mixture.mode = mode
-    with pytest.raises(ValueError, match=f"only experts that are switched can be fused.*'{mode}'"):
+    with pytest.raises(ValueError, match=f"only experts that are switched or routed can be fused.*'{mode}'"):
         fuse(mixture)
     assert not is_fused(mixture)
 
 
-def test_a_fused_mixture_takes_no_other_mode(unet):
+def test_a_fused_mixture_is_not_fostered(unet):
     mixture = equipped(unet)
     fuse(mixture)
-    for change in (lambda: setattr(mixture, "mode", "route"), lambda: mixture.foster("n8")):
+    for change in (lambda: setattr(mixture, "mode", "foster"), lambda: mixture.foster("n8")):
         with pytest.raises(ValueError, match="unfuse them first"):
             change()
-    with pytest.raises(ValueError, match="unfuse them first"), mixture.using("route"):
+    with pytest.raises(ValueError, match="unfuse them first"), mixture.using("foster"):
         pass
     assert mixture.mode == "switch"
 
@@ -469,11 +492,23 @@ def test_text_encoders_with_experts_stay_unfused_and_are_heard(quiet):
     assert torch.equal(draw(quiet), before)
 
 
-def test_a_bundle_that_routes_is_not_fused_and_the_pipeline_stays_as_it_was(quiet):
+def test_a_bundle_that_routes_draws_the_same_with_its_core_in_the_weights(quiet):
+    before = draw(quiet)
+    for bundle in (unet_bundle("route"), text_bundle()):
+        attach(quiet, bundle, "route")
+        routed = draw(quiet)
+        detach(quiet)
+        attach(quiet, bundle, "route", fused=True)
+        assert max_error(draw(quiet), routed) <= 1e-4
+        detach(quiet)
+    assert torch.equal(draw(quiet), before)
+
+
+def test_a_bundle_that_is_off_is_not_fused_and_the_pipeline_stays_as_it_was(quiet):
     before, modules = draw(quiet), list(quiet.unet.named_modules())
     for bundle in (unet_bundle("route"), text_bundle()):
         with pytest.raises(ValueError, match="only experts that are switched"):
-            attach(quiet, bundle, fused=True)
+            attach(quiet, bundle, "off", fused=True)
         assert list(quiet.unet.named_modules()) == modules
         assert Reencoder.of(quiet) is None
     assert torch.equal(draw(quiet), before)

@@ -208,7 +208,10 @@ def sample(
     model: Annotated[str | None, typer.Option(help="The base; default: the one the bundle was made on.")] = None,
     mode: Annotated[str | None, typer.Option(help="switch, route or off; default: the bundle's own.")] = None,
     fused: Annotated[
-        bool, typer.Option("--fused", help="Switch with the experts in the base's weights: faster, for memory.")
+        bool,
+        typer.Option(
+            "--fused", help="With the experts in the base's weights, where gates are constant: faster, for memory."
+        ),
     ] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Default: 20, or a generator's own.")] = None,
     guidance: Annotated[

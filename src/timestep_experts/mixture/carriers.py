@@ -71,6 +71,18 @@ def attentions_of(named: dict[str, nn.Module], layers: Iterable[str]) -> list[An
     return list(parents.values())
 
 
+def reads_text(named: dict[str, nn.Module], layer: str) -> bool:
+    """Whether a layer of a denoiser works on tokens of the text: keys and values of cross-attention, and projections.
+
+    Args:
+        named: see `named_layers`.
+        layer: its name.
+    """
+    name, _, leaf = layer.rpartition(".")
+    is_cross = bool(getattr(named.get(name), "is_cross_attention", False))
+    return (is_cross and leaf in ("to_k", "to_v")) or "caption_projection" in layer.split(".")
+
+
 def require_separate_projections(attentions: Iterable[Any]) -> None:
     """Refuse attention whose projections were fused: the layers that carry experts are then not called.
 

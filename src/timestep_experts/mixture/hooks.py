@@ -7,18 +7,20 @@ import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from timestep_experts.errors import UserError
 from timestep_experts.mixture.carriers import require_separate_projections
+from timestep_experts.mixture.experts import ExpertStack
 from timestep_experts.mixture.layer import MixtureLayer
 from timestep_experts.mixture.state import MixtureState, Mode, StepContext
 from timestep_experts.mixture.timesteps import TimestepInput
 
+_MASKS = {False: ("encoder_attention_mask",), True: ("attention_mask",)}  # of denoisers, and of text encoders
 _SCALE_ARGUMENTS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 
@@ -81,6 +83,40 @@ def remove_layer(layer: MixtureLayer) -> None:
             base._forward_hooks_with_kwargs.pop(key, None)
 
 
+def warn_of_dead_scales(layer: MixtureLayer) -> None:
+    """At a backward pass in mode ``route``, warn of contexts that cannot learn, by what one layer of a mixture holds.
+
+    B of a context that was never fostered is 0, and so is its gate: each is a factor of the other's gradient.
+    """
+    for index, scale in enumerate(layer.state.spec.gated_scales):
+        up = cast("ExpertStack", layer.experts[scale.name]).B
+        if scale.base_gate == 0 and up.requires_grad and not up.is_inference():
+            up.register_hook(_DeadScaleWatch(layer, scale.name, index, up))  # type: ignore[no-untyped-call]
+
+
+@dataclass(eq=False)
+class _DeadScaleWatch:
+    layer: MixtureLayer
+    name: str
+    index: int
+    up: Tensor
+    is_done: bool = False
+
+    def __call__(self, gradient: Tensor) -> None:
+        router = self.layer.router
+        if self.is_done or self.layer.state.mode != "route" or router is None:
+            return
+        self.is_done = True
+        gates = [part[..., self.index] for part in (router.E, router.bias) if part is not None]
+        gates += [] if router.F is None else [router.F[self.index]]
+        if not any(bool(values.any()) for values in (gradient, self.up, *gates)):
+            warnings.warn(
+                f"the experts of context {self.name!r} cannot learn: they and their gates are 0, so neither gets a"
+                f" gradient. Foster them first (mixture.foster({self.name!r})), or give the scale a base_gate",
+                stacklevel=2,
+            )
+
+
 def forget_compiled() -> None:
     """Let what is compiled be compiled anew at its next call: compiled code does not see that hooks come and go."""
     if "torch._dynamo" in sys.modules:  # else nothing has been compiled
@@ -96,6 +132,7 @@ class TimestepReader(NetworkHook):
         first: the name of ``forward``'s first parameter, the batch.
         position: of the timestep among the parameters; ``None`` for a network that takes none.
         timestep: how the denoiser is told the timestep.
+        mask: the name and the place of the text's mask among the parameters; ``None`` for a network that takes none.
         attentions: those whose projections carry experts; fused projections are refused.
     """
 
@@ -103,6 +140,7 @@ class TimestepReader(NetworkHook):
     first: str
     position: int | None
     timestep: TimestepInput
+    mask: tuple[str, int] | None = None
     attentions: Sequence[Any] = ()
     _fractions: int = 0
     _is_sure: bool = False
@@ -114,8 +152,9 @@ class TimestepReader(NetworkHook):
         """Make the hook for a network whose ``forward`` takes the timestep in that way, or takes none."""
         names = list(inspect.signature(network.forward).parameters)
         position = names.index(timestep.argument) if timestep.argument in names else None
+        mask = next(((name, names.index(name)) for name in _MASKS[position is None] if name in names), None)
         is_sure = timestep.scale != 1 or state.spec.num_train_timesteps <= 1
-        return cls(state, names[0], position, timestep, attentions, _is_sure=is_sure)
+        return cls(state, names[0], position, timestep, mask, attentions, _is_sure=is_sure)
 
     def before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Set the running step. A text encoder takes no timestep, so it has none but the one that a caller bound."""
@@ -128,8 +167,11 @@ class TimestepReader(NetworkHook):
             first = sample if isinstance(sample, Tensor) else sample[0]  # Z-Image takes a list of pictures
             name = self.timestep.argument
             value = kwargs[name] if name in kwargs else args[self.position]
-            self.state.step = StepContext.of(self._read(value, first.device), self.state.spec, len(sample))
-        elif not self.state.is_bound:
+            t, mask = self._read(value, first.device), self._read_mask(args, kwargs)
+            self.state.step = StepContext.of(t, self.state.spec, len(sample), mask)
+        elif self.state.is_bound and self.state.step is not None:
+            self.state.step = replace(self.state.step, text_mask=self._read_mask(args, kwargs))
+        else:
             self.state.step = None  # the denoiser's latest timestep is not that of a text
         if torch.is_grad_enabled():
             self._keep_step_through_checkpoints(module)
@@ -140,9 +182,17 @@ class TimestepReader(NetworkHook):
         t = t[:1] if t.dim() and t.stride(0) == 0 else t  # a pipeline has expanded one for all samples
         t = t.flatten(1).amax(1) if t.dim() > 1 else t  # one per token: tokens of a given frame are not noisy
         t = self.timestep.t_of(t.to(device).reshape(-1).float())
-        if not self._is_sure and not _is_recording():
+        if not _is_recording() and not self._is_sure:  # in this order, for compiled code to depend on neither
             self._require_timesteps(t)
         return t
+
+    def _read_mask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The mask ``(B, L)`` of the text's tokens, where the call has one that is not yet added to scores."""
+        if self.mask is None:
+            return None
+        name, place = self.mask
+        mask = kwargs[name] if name in kwargs else args[place] if place < len(args) else None
+        return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def _require_timesteps(self, t: Tensor) -> None:
         """Refuse t / T or 1 - t / T from a denoiser that is thought to be called with t; the first t above 1 is proof.

@@ -17,6 +17,7 @@ from timestep_experts.intervals import Interval
 from timestep_experts.mixture.experts import ExpertStack
 from timestep_experts.mixture.geometry import LayerGeometry
 from timestep_experts.mixture.kernels import Strength
+from timestep_experts.mixture.plain import masked_mean
 from timestep_experts.mixture.router import Router, TimestepIndex
 from timestep_experts.mixture.spec import Scale
 from timestep_experts.mixture.state import MixtureState, StepContext, per_row
@@ -34,6 +35,7 @@ class MixtureLayer(nn.Module):
         name: of the layer in its network.
         owned: the interval of t that the network works on; its layers hold no experts of other timesteps. ``None``
             means all timesteps.
+        reads_text: whether the layer's positions are tokens of the text, of which some may be padding.
 
     Raises:
         UserError: the layer cannot carry experts, or a gate per position is wanted and it changes the positions.
@@ -41,13 +43,22 @@ class MixtureLayer(nn.Module):
 
     base_layer: nn.Module
 
-    def __init__(self, base_layer: nn.Module, state: MixtureState, name: str, owned: Interval | None = None) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        state: MixtureState,
+        name: str,
+        owned: Interval | None = None,
+        *,
+        reads_text: bool = False,
+    ) -> None:
         super().__init__()
         spec = state.spec
         vars(self)["base_layer"] = base_layer  # known, but not a part of this module: it belongs to its network
         self.name = name
         self.state = state
         self.dropout = spec.dropout
+        self.reads_text = reads_text
         self.geometry = LayerGeometry.of(base_layer, name)
         if spec.gate == "token" and spec.gated_scales and not self.geometry.keeps_positions:
             raise UserError(
@@ -102,8 +113,17 @@ class MixtureLayer(nn.Module):
             RuntimeError: experts are active and no timestep is known.
         """
         scales = self.state.active_scales()
-        if not scales:
-            return y
+        return self.add_experts(x, y, scales) if scales else y
+
+    def add_experts(self, x: Tensor, y: Tensor, scales: Sequence[Scale], *, only_routed: bool = False) -> Tensor:
+        """The sum of `forward` over some scales.
+
+        Args:
+            x: the base layer's input.
+            y: its output.
+            scales: at least one.
+            only_routed: of the gates, leave out what is constant, for it stands in the base layer's weight.
+        """
         step, kernels = self._running_step(), self.state.kernels
         stacks: list[Any] = [self.experts[scale.name] for scale in scales]
         if stacks[0].A.device != y.device:
@@ -112,8 +132,11 @@ class MixtureLayer(nn.Module):
         expert_index = [per_row(step.expert_index[scale.name], len(x)) for scale in scales]
         experts = kernels.gather(stacks, expert_index, len(x), self.geometry.groups)
         kept = functional.dropout(x, self.dropout) if self.dropout and self.base_layer.training else x
-        hidden, pooled = kernels.read(kept, x if self._pools_input() else None, experts, self.geometry)
-        strengths = self._strengths(scales, self._positions(x) if pooled is None else pooled, step)
+        mask = step.text_mask if self.reads_text and self._pools_input() else None
+        hidden, pooled = kernels.read(kept, x if self._pools_input() and mask is None else None, experts, self.geometry)
+        z = self._positions(x) if pooled is None else pooled
+        z = z if mask is None else masked_mean(z, mask)
+        strengths = self._strengths(scales, z, step, only_routed=only_routed)
         return kernels.add(self.base_layer, y, hidden, experts, strengths, self.geometry)
 
     def _running_step(self) -> StepContext:
@@ -127,7 +150,9 @@ class MixtureLayer(nn.Module):
     def _pools_input(self) -> bool:
         return self.state.mode == "route" and self.router is not None and self.router.needs_pooled_input
 
-    def _strengths(self, scales: Sequence[Scale], z: Tensor, step: StepContext) -> list[Strength]:
+    def _strengths(
+        self, scales: Sequence[Scale], z: Tensor, step: StepContext, *, only_routed: bool = False
+    ) -> list[Strength]:
         """``gate_j * (alpha_j / r_j)`` of the active scales.
 
         The gate of a core is 1. That of a context is its base gate, to which the router's ``G(z, t)`` is added in mode
@@ -137,11 +162,12 @@ class MixtureLayer(nn.Module):
             scales: the active ones.
             z: the layer's input, ``(B, N, k)``, or its average ``(B, k)``.
             step: the running forward pass.
+            only_routed: leave the constant parts out.
         """
         state = self.state
         if state.mode == "foster":
             return [scale.scaling for scale in scales]
-        constant = [scale.constant_gate * scale.scaling for scale in scales]
+        constant = [0.0 if only_routed else scale.constant_gate * scale.scaling for scale in scales]
         if state.mode == "switch" or self.router is None or step.timestep_index is None:
             return [*constant]
         gates: Tensor = self.router(z, _index_of_rows(step.timestep_index, len(z)))

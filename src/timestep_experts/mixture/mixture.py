@@ -13,6 +13,7 @@ from timestep_experts.intervals import Interval
 from timestep_experts.mixture.carriers import (
     attentions_of,
     named_layers,
+    reads_text,
     require_separate_projections,
     uncompiled,
 )
@@ -27,6 +28,7 @@ from timestep_experts.mixture.hooks import (
     layers_in,
     remove_hook,
     remove_layer,
+    warn_of_dead_scales,
 )
 from timestep_experts.mixture.kernels import Kernels
 from timestep_experts.mixture.layer import MixtureLayer
@@ -89,10 +91,12 @@ class Mixture(MixtureParameters):
                 readers[name] = TimestepReader.of(network, state, timestep or timestep_input_of(network), attentions)
                 for module in matches[name]:
                     path = f"{name}.{module}" if name else module
-                    layers[path] = MixtureLayer(found[module], state, path, (owned or {}).get(name))
+                    text = readers[name].position is None or reads_text(found, module)
+                    layers[path] = MixtureLayer(found[module], state, path, (owned or {}).get(name), reads_text=text)
         for layer in layers.values():
             layer.move_experts(_device_of(layer.base_layer))
             add_layer(layer)
+        warn_of_dead_scales(next(iter(layers.values())))
         for name, network in named.items():
             add_hook(network, readers[name])
         forget_compiled()

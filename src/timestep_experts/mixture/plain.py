@@ -70,6 +70,15 @@ def mean_pool(x: Tensor, is_convolution: bool) -> Tensor:
     return x.mean(positions, dtype=torch.float32) if positions else x.float()
 
 
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Average ``(B, N, k)`` over the positions of ``mask (B, N)``, of which padding is left out; ``(B, k)`` fp32.
+
+    A mask of fewer rows serves equally many rows of x, next to each other.
+    """
+    wide = mask.float().repeat_interleave(len(x) // len(mask), 0)
+    return torch.einsum("bnk,bn->bk", x.float(), wide) / wide.sum(1, keepdim=True).clamp(min=1)
+
+
 def convolve(x: Tensor, down: Tensor, geometry: LayerGeometry, groups: int = 1) -> Tensor:
     """The base layer's kind of convolution, with A ``(..., r, k)`` as its kernel."""
     convolution = (functional.conv1d, functional.conv2d, functional.conv3d)[len(geometry.kernel_size) - 1]

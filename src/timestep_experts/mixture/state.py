@@ -27,18 +27,23 @@ class StepContext:
             timestep.
         timestep_index: the places of the timesteps in the routers' tables, as many as in ``expert_index``; ``None``
             where no scale is gated.
+        text_mask: ``(B, L)``, 0 where a token of the text is padding; ``None`` where the network was given none.
     """
 
     t: Tensor
     expert_index: dict[str, Tensor]
     timestep_index: TimestepIndex | None
+    text_mask: Tensor | None = None
 
     @classmethod
-    def of(cls, t: Tensor, spec: MixtureSpec, num_samples: int | None = None) -> StepContext:
+    def of(
+        cls, t: Tensor, spec: MixtureSpec, num_samples: int | None = None, text_mask: Tensor | None = None
+    ) -> StepContext:
         """Look up the experts of timesteps ``(B,)``, or of one timestep ``(1,)`` that all samples share."""
         expert_index = {scale.name: scale.partition.index_of(t) for scale in spec.scales}
         timestep_index = TimestepIndex.of(t, spec.num_train_timesteps, spec.router_knots) if spec.gated_scales else None
-        return cls(t if num_samples is None else t.expand(num_samples), expert_index, timestep_index)
+        t = t if num_samples is None else t.expand(num_samples)
+        return cls(t, expert_index, timestep_index, text_mask)
 
 
 def per_row(values: Tensor, num_rows: int) -> Tensor:

@@ -29,16 +29,21 @@ def fuse(mixture: Mixture) -> None:
     before a call whose timesteps other experts own, for which the host reads the timesteps. A batch whose samples have
     different owners is computed from W0, with the experts beside it.
 
+    In mode ``route`` the constant part of the gates stands in the weights, that of the core above all. Only what the
+    routers add is computed beside them.
+
     W0 is kept, which takes as much memory again, on the same device, as the weights that carry experts. While experts
     are fused, a network's own ``state_dict`` holds W and not W0, and its calls are made without gradients. Networks
     that take no timestep (text encoders) stay as they are. If the experts are fused already, nothing happens.
 
     Raises:
-        UserError: the mode is not ``switch``, no network takes a timestep, or experts cannot be added to a weight
-            (because it is quantised, or offloaded layer by layer); nothing is fused then.
+        UserError: the mode is neither ``switch`` nor ``route``, no network takes a timestep, or experts cannot be added
+            to a weight (because it is quantised, or offloaded layer by layer); nothing is fused then.
     """
-    if mixture.mode != "switch":
-        raise UserError(f"only experts that are switched can be fused into the weights; the mode is {mixture.mode!r}")
+    if mixture.mode not in ("switch", "route"):
+        raise UserError(
+            f"only experts that are switched or routed can be fused into the weights; the mode is {mixture.mode!r}"
+        )
     names = [name for name, network in mixture.networks.items() if _takes_timestep(network)]
     if not names:
         raise UserError("no network of this mixture takes a timestep, by which fused experts would be exchanged")
@@ -132,7 +137,7 @@ class FusedExperts(NetworkHook):
             )
         step = self.state.step
         assert step is not None  # the reader's hook runs before this one
-        scales = self.state.active_scales()
+        scales = [scale for scale in self.state.active_scales() if scale.constant_gate]
         t = set(step.t.tolist())
         owners = {tuple(scale.partition.index_of(value) for scale in scales) for value in t}
         self.hold(dict(zip([s.name for s in scales], owners.pop(), strict=True)) if len(owners) == 1 else {})
@@ -140,9 +145,9 @@ class FusedExperts(NetworkHook):
             self.state.step = FusedStep(**{item.name: getattr(step, item.name) for item in fields(step)})
 
     def check_mode(self, mode: Mode) -> None:
-        """Refuse every mode but ``off`` and ``switch``."""
-        if mode not in ("off", "switch"):
-            raise UserError(f"fused experts can be switched, or off; for mode {mode!r} unfuse them first")
+        """Refuse mode ``foster``."""
+        if mode == "foster":
+            raise UserError(f"fused experts can be switched, routed, or off; for mode {mode!r} unfuse them first")
 
     def close(self, network: nn.Module) -> None:  # noqa: ARG002 - its layers are known
         """Put W0 back, to the byte, and drop the copies."""
@@ -203,14 +208,15 @@ def fused_weight(layer: MixtureLayer, owners: Mapping[str, int]) -> Tensor:
         return total.view(kept.shape)
 
 
-def _forward_fused(layer: MixtureLayer, x: Tensor, y: Tensor) -> Tensor:  # noqa: ARG001 - y holds all that x gives
-    """What a layer adds whose weight holds the experts of the denoiser's running call: nothing."""
-    if layer.state.mode != "switch" or not isinstance(layer.state.step, FusedStep):
+def _forward_fused(layer: MixtureLayer, x: Tensor, y: Tensor) -> Tensor:
+    """What a layer adds whose weight holds the experts of the denoiser's running call: what the routers add."""
+    if layer.state.mode not in ("switch", "route") or not isinstance(layer.state.step, FusedStep):
         raise RuntimeError(
             f"{layer.name}: experts are fused into this layer's weight, for calls of the whole denoiser alone;"
             " unfuse(mixture) first"
         )
-    return y
+    gated = layer.state.spec.gated_scales if layer.state.mode == "route" else ()
+    return layer.add_experts(x, y, gated, only_routed=True) if gated else y
 
 
 def _fused_loras(network: nn.Module) -> list[tuple[str, ...]]:
