@@ -182,7 +182,8 @@ class TimestepReader(NetworkHook):
         t = t[:1] if t.dim() and t.stride(0) == 0 else t  # a pipeline has expanded one for all samples
         t = t.flatten(1).amax(1) if t.dim() > 1 else t  # one per token: tokens of a given frame are not noisy
         t = self.timestep.t_of(t.to(device).reshape(-1).float())
-        if not _is_recording() and not self._is_sure:  # in this order, for compiled code to depend on neither
+        # Fake tensors have no values. In this order, compiled code depends on none of these.
+        if not _is_recording() and type(t) is Tensor and not self._is_sure:
             self._require_timesteps(t)
         return t
 
