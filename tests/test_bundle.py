@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from conftest import max_error, normal, randomise, scales, tiny_pipeline, tiny_unet, unet_inputs
+from timestep_experts.errors import UserError
 from timestep_experts.formats import Bundle, SamplingDefaults, bundle, load_bundle, save_bundle
 from timestep_experts.formats.atomic import atomic_path
 from timestep_experts.formats.bundle import BundleDocument
@@ -132,9 +133,9 @@ def test_a_failure_while_writing_leaves_the_old_bundle(
 
     save_bundle(made, tmp_path / "bundle")
     monkeypatch.setattr(bundle, writer, full)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(UserError, match=r"cannot write .*: no space left"):
         save_bundle(replace(made, mode="switch"), tmp_path / "bundle")
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(UserError, match=r"cannot write .*: no space left"):
         save_bundle(made, tmp_path / "first")
     assert_equal(load_bundle(tmp_path / "bundle"), made)
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
@@ -151,7 +152,7 @@ def test_a_failed_exchange_leaves_the_old_bundle(tmp_path: Path, monkeypatch: py
         return move(self, target)
 
     monkeypatch.setattr(Path, "replace", refuse_draft)
-    with pytest.raises(PermissionError), atomic_path(tmp_path / "kept") as draft:
+    with pytest.raises(UserError, match="the draft cannot be moved"), atomic_path(tmp_path / "kept") as draft:
         draft.mkdir()
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
     assert (tmp_path / "kept" / "old").exists()

@@ -295,7 +295,7 @@ def test_a_run_leaves_everything_there_is_to_keep(finished: Run) -> None:
     assert load_bundle(out / "variants" / "main" / "bundle").mode == "route"
     assert load_bundle(out / "variants" / "lora" / "bundle").mode == "switch"
     measured = ["base-off", "lora-switch", "main-route", "main-switch"]
-    assert sorted(path.name for path in (out / "evaluation").iterdir()) == measured
+    assert sorted(path.name for path in (out / "evaluation").glob("[!.]*")) == measured
     for name in measured:
         assert len(list((out / "evaluation" / name / "pictures").glob("*.png"))) == 3
     assert not list(out.rglob(".*"))  # drafts
@@ -576,8 +576,8 @@ def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
 # The plan
 
 
-def test_a_dry_run_prints_what_training_would_train(base: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, base, tmp_path / "no-data-needed")
+def test_a_dry_run_prints_what_training_would_train(base: Path, data: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, base, data)
     outcome = call("run", recipe, "--dry-run")
     experts, routers = attached_parameters(4, 1)
     stages = [cells[:7] for cells in (row(outcome, "main", name) for name in ("foster-joint", "assemble"))]
@@ -594,8 +594,8 @@ def test_a_dry_run_prints_what_training_would_train(base: Path, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_counts_every_scale_by_itself(base: Path, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, base, tmp_path / "no-data-needed", variants={})
+def test_a_dry_run_counts_every_scale_by_itself(base: Path, data: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, base, data, variants={})
     outcome = call(
         "foster", recipe, "--dry-run", "method.schedule=independent", "method.experts.scales.0.max_train_steps=5"
     )
@@ -605,8 +605,8 @@ def test_a_dry_run_counts_every_scale_by_itself(base: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_of_one_variant(base: Path, tmp_path: Path) -> None:
-    outcome = call("foster", write_recipe(tmp_path, base, tmp_path), "--variant", "lora", "--dry-run")
+def test_a_dry_run_of_one_variant(base: Path, data: Path, tmp_path: Path) -> None:
+    outcome = call("foster", write_recipe(tmp_path, base, data), "--variant", "lora", "--dry-run")
     assert row(outcome, "lora")[4] == "2"
     assert "main" not in outcome.out
 

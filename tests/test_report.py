@@ -18,6 +18,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from timestep_experts.errors import UserError
 from timestep_experts.evaluation import GateMap, LossCurve, Result
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import ParameterCount
@@ -433,7 +434,7 @@ def test_sheet_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
         raise OSError("disk full")
 
     monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"cannot write .*sheet.png: disk full"):
         save_sheet(path, noise(1, 32, 32, 3), ["after"])
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

@@ -141,7 +141,7 @@ def test_a_dropped_caption_is_what_the_pipeline_takes_for_no_prompt(forces_zeros
     family = StableDiffusionXL(pipeline)
     with torch.no_grad():
         wanted, none, pooled, none_pooled = pipeline.encode_prompt("a red star", do_classifier_free_guidance=True)
-    features = family.encode_captions(["a red star", ""])
+    features = family.encode_captions(["a red star", family.no_caption])
     assert torch.allclose(features["encoder_hidden_states"], torch.cat([wanted, none]), atol=1e-5)
     assert torch.allclose(features["text_embeds"], torch.cat([pooled, none_pooled]), atol=1e-5)
     assert bool(none.any()) != forces_zeros

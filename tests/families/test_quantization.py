@@ -150,6 +150,7 @@ def test_bitsandbytes_through_diffusers_needs_an_accelerator(kind: str, tmp_path
 
 
 def test_what_cannot_be_quantised_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "base.safetensors").touch()
     with pytest.raises(ValueError, match="needs a folder or a hub id, not a single file"):
         load_family(str(tmp_path / "base.safetensors"), CPU, torch.float32, "torchao-int8")
     monkeypatch.setattr("timestep_experts.models.quantization.importlib.util.find_spec", lambda name: None)

@@ -502,9 +502,16 @@ def test_latents_are_normalised_as_the_pipeline_undoes_it(wan: Wan) -> None:
         assert max_error(latents * std + mean, wan.parts.vae.encode(pixels).latent_dist.mean) <= 1e-5
 
 
-@pytest.mark.parametrize(("frames", "height", "width"), [(4, 32, 32), (5, 24, 32), (5, 32, 40)])
-def test_clips_that_would_be_cut_are_refused(frames: int, height: int, width: int, wan: Wan) -> None:
-    with pytest.raises(ValueError, match=f"clips of {frames} frames of {width} x {height} pixels do not fit"):
+@pytest.mark.parametrize(
+    ("frames", "height", "width", "message"),
+    [
+        (4, 32, 32, "clips of 4 frames do not fit; a number of frames less 1 must divide by 4"),
+        (5, 24, 32, "a size of 32 x 24 pixels does not fit; width and height must divide by 16"),
+        (5, 32, 40, "a size of 40 x 32 pixels does not fit; width and height must divide by 16"),
+    ],
+)
+def test_clips_that_would_be_cut_are_refused(frames: int, height: int, width: int, message: str, wan: Wan) -> None:
+    with pytest.raises(ValueError, match=message):
         wan.encode_pixels(torch.zeros(1, 3, frames, height, width))
 
 

@@ -148,7 +148,7 @@ def test_a_single_file_of_another_model_is_refused_by_what_it_holds(key: str, tm
 
 
 def test_a_single_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere\.safetensors': it is no readable safetensors file"):
+    with pytest.raises(ValueError, match=r"nowhere\.safetensors': there is no such file or folder"):
         load_family(str(tmp_path / "nowhere.safetensors"), CPU)
 
 

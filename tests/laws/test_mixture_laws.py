@@ -339,6 +339,7 @@ def test_a_shared_timestep_says_what_one_per_sample_says(carrier, t):
     spec = MixtureSpec((core, *contexts))
     net, mixture = attach_to_layer(layer, spec, "switch")
     mixture.layers["layer"].double()
+    net(x, torch.tensor(999.0))  # timesteps below 1 alone would be taken for shares of noise
     for mode in ("switch", "route"):
         mixture.mode = mode
         with torch.no_grad():

@@ -178,11 +178,11 @@ def decouple(
     loaded = _load(recipe, overrides)
     quiet_libraries()
     (method,) = _methods_of_kind(loaded, variant, ("decouple",))
-    method.plan(indices=range_)  # a range that there is not fails here
+    method = method.of_ranges(range_)
     context = _prepare(loaded, [method], dry_run)
     if context is None:
         return
-    for index in range(method.config.num_ranges) if range_ is None else range_:
+    for index in method.ranges:
         folder, kept = method.train_range(index, context)
         console.print(f"range {index}: {escaped(folder)}", soft_wrap=True)
         if kept:

@@ -250,7 +250,7 @@ def _build(
     captions = sorted({example.caption for example in kept})
     row_of = {caption: row for row, caption in enumerate(captions)}
     caption_rows = torch.tensor([row_of[example.caption] for example in kept])
-    features = _in_parts([*captions, ""], family.tokenize if as_tokens else family.encode_captions)
+    features = _in_parts([*captions, family.no_caption], family.tokenize if as_tokens else family.encode_captions)
     for value in features.values():
         _require_finite(value, [f"caption {caption!r}" for caption in [*captions, ""]], "text features", family)
     write_sealed_tensors(

@@ -161,7 +161,7 @@ def require_steps(scheduler: Any, num_inference_steps: int) -> None:
     tried, sample = deepcopy(scheduler), torch.zeros(1, 4, 8, 8)
     try:
         tried.set_timesteps(num_inference_steps)
-        tried.step(sample, tried.timesteps[0], tried.scale_model_input(sample, tried.timesteps[0]))
+        tried.step(sample, tried.timesteps[0], sample)
     except Exception as error:  # schedulers raise many kinds
         raise UserError(
             f"{type(scheduler).__name__} cannot take {num_inference_steps} steps here: {error or type(error).__name__}"

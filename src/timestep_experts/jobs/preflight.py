@@ -19,6 +19,7 @@ from timestep_experts.inference.sample import choose_scheduler, require_steps
 from timestep_experts.jobs.methods import Method
 from timestep_experts.jobs.plan import StagePlan, read_base
 from timestep_experts.models import Family
+from timestep_experts.models.sources import is_hub_id
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def preflight(recipe: Recipe, methods: Sequence[Method], *, is_dry: bool) -> Pre
         UserError: the run could not come to its end; says what is in the way.
     """
     _require_one_process()
-    check_output_folder(recipe.output_dir, makes=not is_dry)
+    check_output_folder(recipe.output_dir, makes=False)
     _check_device(recipe, is_dry=is_dry)
     family = read_base(recipe).make_family()
     if recipe.max_sequence_length is not None:
@@ -55,7 +56,10 @@ def preflight(recipe: Recipe, methods: Sequence[Method], *, is_dry: bool) -> Pre
     family.check_size(recipe.resolution, decoding.num_frames if isinstance(decoding, ClipSettings) else None)
     _check_sampler(recipe, family)
     stages = [stage for method in methods for stage in method.plan(with_memory=is_dry)]
-    return Preflight(stages, _find_datasets(recipe, family))
+    datasets = _find_datasets(recipe, family)
+    if not is_dry:
+        check_output_folder(recipe.output_dir, makes=True)
+    return Preflight(stages, datasets)
 
 
 def _require_one_process() -> None:
@@ -84,9 +88,13 @@ def _check_sampler(recipe: Recipe, family: Family) -> None:
 
 
 def _find_datasets(recipe: Recipe, family: Family) -> tuple[Dataset, Dataset] | None:
-    places = [place for place in (recipe.data.path, recipe.data.validation_path) if place is not None]
-    if not all(place.startswith(WORLD_PREFIX) or Path(place).exists() for place in places):
-        return None
+    places = {"path": recipe.data.path, "validation_path": recipe.data.validation_path}
+    for key, place in places.items():
+        if place is None or place.startswith(WORLD_PREFIX) or Path(place).exists():
+            continue
+        if is_hub_id(place):  # the library that downloads it will look at it
+            return None
+        raise UserError(f"recipe.data.{key}: there is no file or folder {place}")
     datasets = build_datasets(recipe, is_video=family.is_video)
     build_prompts(recipe, datasets[1])
     return datasets

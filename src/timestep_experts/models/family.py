@@ -211,6 +211,11 @@ class Family(ABC):
         return True
 
     @property
+    def no_caption(self) -> str:
+        """What `tokenize` is given for a caption that is not there: the empty one, as pipelines do."""
+        return ""
+
+    @property
     def device(self) -> torch.device:
         """The device of the denoiser."""
         return next(self.denoiser.parameters()).device
@@ -314,7 +319,7 @@ class Family(ABC):
     def encoding_settings(self) -> tuple[object, ...]:
         """Whatever else than weights and vocabularies decides latents and text features."""
         config = getattr(self.parts, self.autoencoder_name).config if self.autoencoder_name else {}
-        return (self.token_limits, *(config.get(fact) for fact in _LATENT_FACTS))
+        return (self.token_limits, self.no_caption, *(config.get(fact) for fact in _LATENT_FACTS))
 
     def prepare_captions(self, captions: Sequence[str]) -> list[str]:
         """What the pipeline does to captions before it tokenises them: nothing, unless a family says otherwise."""

@@ -31,9 +31,9 @@ def require_source(source: str) -> None:
     Raises:
         UserError: it is not; says where was looked.
     """
-    if Path(source).exists() or isinstance(try_to_load_from_cache(source, INDEX) if _is_id(source) else None, str):
+    if Path(source).exists() or isinstance(try_to_load_from_cache(source, INDEX) if is_hub_id(source) else None, str):
         return
-    if not _is_id(source):
+    if not is_hub_id(source):
         raise UserError(f"cannot load a pipeline from {source!r}: there is no such file or folder")
     looked = f"there is no folder of that name in {Path.cwd()}, no copy of such a model in the hub's local cache"
     try:
@@ -46,7 +46,8 @@ def require_source(source: str) -> None:
         ) from error
 
 
-def _is_id(source: str) -> bool:
+def is_hub_id(source: str) -> bool:
+    """Whether a name could be that of a model or a dataset on the hub."""
     try:
         validate_repo_id(source)
     except HFValidationError:

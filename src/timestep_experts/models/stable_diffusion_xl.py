@@ -19,6 +19,9 @@ from timestep_experts.models.encoding import (
 from timestep_experts.models.family import Conditioning, Family
 from timestep_experts.models.noise import DiscreteNoise
 
+NO_CAPTION = "\0"
+"""Stands for a caption that is not given; no text holds this character."""
+
 
 class StableDiffusionXL(Family):
     """A `Family` around a `StableDiffusionXLPipeline`."""
@@ -41,34 +44,32 @@ class StableDiffusionXL(Family):
         return (latents - per_channel(mean, latents)) * float(config.scaling_factor) / per_channel(std, latents)
 
     def tokenize(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """``input_ids`` of the first tokenizer, ``input_ids_2`` of the second."""
+        """``input_ids`` of the first tokenizer, ``input_ids_2`` of the second; all -1 of `NO_CAPTION`."""
+        is_none = torch.tensor([caption == NO_CAPTION for caption in captions])
+        texts = ["" if caption == NO_CAPTION else caption for caption in captions]
+        tokenizers = {"input_ids": self.parts.tokenizer, "input_ids_2": self.parts.tokenizer_2}
         return {
-            "input_ids": token_ids(self.parts.tokenizer, captions).input_ids,
-            "input_ids_2": token_ids(self.parts.tokenizer_2, captions).input_ids,
+            name: token_ids(tokenizer, texts).input_ids.masked_fill(is_none[:, None], -1)
+            for name, tokenizer in tokenizers.items()
         }
+
+    @property
+    def no_caption(self) -> str:
+        """Where the pipeline takes zeros for a prompt that is not given, this is not the empty caption."""
+        return NO_CAPTION if self.parts.config.get("force_zeros_for_empty_prompt") else ""
 
     def encode_text(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The last but one hidden states of both encoders side by side, and the second one's projected pooling.
 
-        Of an empty caption both are 0 where the pipeline takes zeros for a prompt that is not given.
+        Of `NO_CAPTION` both are 0.
         """
-        hidden, projections = encode_two_clips(self.parts, tokens)
+        is_none = tokens["input_ids"][:, 0] < 0
+        hidden, projections = encode_two_clips(self.parts, {name: ids.clamp(min=0) for name, ids in tokens.items()})
         features = {"encoder_hidden_states": hidden, "text_embeds": projections[1]}
-        if not self._has_zeros_for_empty:
-            return features
-        is_empty = (tokens["input_ids"] == self.tokenize([""])["input_ids"].to(tokens["input_ids"].device)).all(-1)
         return {
-            name: value.masked_fill(is_empty.to(value.device).reshape(-1, *(1,) * (value.dim() - 1)), 0)
+            name: value.masked_fill(is_none.to(value.device).reshape(-1, *(1,) * (value.dim() - 1)), 0)
             for name, value in features.items()
         }
-
-    @property
-    def _has_zeros_for_empty(self) -> bool:
-        return bool(self.parts.config.get("force_zeros_for_empty_prompt"))
-
-    def encoding_settings(self) -> tuple[object, ...]:
-        """See `Family`."""
-        return (*super().encoding_settings(), self._has_zeros_for_empty)
 
     def predict(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         """Original and target size are those of the latents' picture, without crop, as in the pipeline."""

@@ -38,7 +38,7 @@ def method_of(recipe: Recipe, variant: Variant) -> Fostering | Distilling | Deco
         case DistillConfig():
             return Distilling(recipe, variant, config, paths)
         case DecoupleConfig():
-            return Decoupling(recipe, variant, config, paths)
+            return Decoupling(recipe, variant, config, paths, tuple(range(config.num_ranges)))
         case _:
             assert_never(config)
 

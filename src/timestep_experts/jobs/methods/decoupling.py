@@ -18,6 +18,7 @@ from timestep_experts.build import (
 )
 from timestep_experts.config import DecoupleConfig, Recipe, Variant
 from timestep_experts.data import DecodeSettings
+from timestep_experts.errors import UserError
 from timestep_experts.formats import tool_versions
 from timestep_experts.formats.checkpoints import Checkpoint
 from timestep_experts.formats.experts import (
@@ -61,10 +62,22 @@ class Decoupling:
     variant: Variant
     config: DecoupleConfig
     paths: VariantPaths
+    ranges: tuple[int, ...]
+
+    def of_ranges(self, ranges: Sequence[int] | None) -> Decoupling:
+        """The same for some of the ranges alone; ``None``: for all.
+
+        Raises:
+            UserError: there is no such range.
+        """
+        count = self.config.num_ranges
+        if wrong := [index for index in ranges or () if not 0 <= index < count]:
+            raise UserError(f"there is no range {wrong[0]}: ranges are counted from 0 to {count - 1}")
+        return self if ranges is None else replace(self, ranges=tuple(dict.fromkeys(ranges)))
 
     def train(self, context: RunContext) -> None:
         """Train the copies of all ranges, and merge them if the variant says so."""
-        for index in range(self.config.num_ranges):
+        for index in self.ranges:
             self.train_range(index, context)
         if self.variant.merge is not None:
             Merging(self.recipe, self.variant.merge, self.paths, context).merge_copies()
@@ -149,9 +162,7 @@ class Decoupling:
     def stages(self) -> dict[Path, dict[str, Any]]:
         """See `Method`."""
         settings = self.settings(read_base(self.recipe).num_train_timesteps)
-        return {
-            self.paths.copy_stage(index): self._deciding(settings, index) for index in range(len(settings.partition))
-        }
+        return {self.paths.copy_stage(index): self._deciding(settings, index) for index in self.ranges}
 
     def candidates(self) -> list[Candidate]:
         """The copies as an ensemble, and merged."""
@@ -165,18 +176,13 @@ class Decoupling:
             " on top of it; stored is what must be kept of them."
         ]
 
-    def plan(self, *, with_memory: bool = False, indices: Sequence[int] | None = None) -> list[StagePlan]:
-        """See `Method`.
-
-        Args:
-            with_memory: estimate memory too.
-            indices: only these ranges; ``None`` for all.
-        """
+    def plan(self, *, with_memory: bool = False) -> list[StagePlan]:
+        """See `Method`."""
         meta_model = read_base(self.recipe)
         settings = self.settings(meta_model.num_train_timesteps)
         family = meta_model.make_family()
         plans = []
-        for number in range(len(settings.partition)) if indices is None else indices:
+        for number in self.ranges:
             stage = decouple(family, settings, number).stage
             plan = count_stage(self.variant.name, stage, self.config.optimizer)
             plans.append(replace(plan, samples_per_expert=(plan.samples, plan.samples), num_experts=1))
