@@ -194,7 +194,7 @@ def test_one_interval_is_said_in_other_trainers_words() -> None:
         (["--interval", "a,b"], "--interval takes numbers separated by commas; got 'a,b'"),
         (["--boundaries", ""], "--boundaries takes numbers separated by commas; got ''"),
         (["--interval", "400,200"], "an interval needs 0 <= lo < hi"),
-        (["--interval", "nan,200"], "an interval needs 0 <= lo < hi"),
+        (["--interval", "nan,200"], "--interval takes finite numbers; got 'nan,200'"),
         (["--interval", "900,1100"], "beyond t = 1000"),
         (["--boundaries", "100,1000"], "must ascend from 0"),
         (["--boundaries", "0,500"], "1000"),
@@ -298,7 +298,7 @@ def test_a_run_leaves_everything_there_is_to_keep(finished: Run) -> None:
     assert sorted(path.name for path in (out / "evaluation").glob("[!.]*")) == measured
     for name in measured:
         assert len(list((out / "evaluation" / name / "pictures").glob("*.png"))) == 3
-    assert not list(out.rglob(".*"))  # drafts
+    assert {path.name for path in out.rglob(".*")} == {".lock"}  # and no drafts
 
 
 def test_a_run_says_what_it_did_and_skipped(finished: Run) -> None:
@@ -421,7 +421,7 @@ def test_pictures_are_drawn_with_a_bundle(finished: Run, tmp_path: Path) -> None
     [
         (["--mode", "swap"], "unknown mode 'swap': allowed are switch, route and off"),
         (["--mode", "foster"], "unknown mode 'foster'"),
-        (["--fused"], "only mode switch can be fused; this is mode route"),
+        (["--fused", "--mode", "off"], "--fused has no meaning in mode off"),
         (["--scheduler", "Nope"], "no scheduler 'Nope'"),
         (["--model", "/nowhere/at/all"], "cannot load a pipeline from '/nowhere/at/all'"),
     ],

@@ -162,6 +162,7 @@ def build_loop_settings(recipe: Recipe, optimiser: OptimizerConfig) -> LoopSetti
         checkpoints_total_limit=training.checkpoints_total_limit,
         logging_steps=training.logging_steps,
         validation_steps=training.validation_steps,
+        not_finite=training.not_finite,
     )
 
 

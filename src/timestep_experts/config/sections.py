@@ -135,6 +135,9 @@ class TrainingConfig(Strict):
     checkpoints_total_limit: PositiveInt | None = 2
     logging_steps: PositiveInt = 10
     validation_steps: PositiveInt | None = Field(None, description="null: at the end of each stage")
+    not_finite: Literal["stop", "skip"] = Field(
+        "stop", description="where a gradient is not finite; skip: leave those experts out of the step, and count it"
+    )
     preview_pictures: Count = Field(0, description="at every validation, by the full pipeline")
 
 

@@ -19,6 +19,7 @@ from timestep_experts.errors import UserError
 from timestep_experts.formats.checkpoints import TensorInfo, write_streamed
 
 _LONGEST_NAME = 255
+_DRAFT, _OLD = "draft", "old"
 
 
 @contextmanager
@@ -34,8 +35,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(path)
-        draft = path.parent / f"{_draft_prefix(path)}{os.getpid()}-{uuid4().hex[:8]}"
+        _clear_up(path)
+        draft = path.parent / f"{_prefix(path, _DRAFT)}{os.getpid()}-{uuid4().hex[:8]}"
         try:
             yield draft
             _sync(draft)
@@ -53,7 +54,7 @@ def _take_place(draft: Path, path: Path) -> None:
     if not path.is_dir():
         draft.replace(path)
     else:
-        old = path.parent / f"{_draft_prefix(path)}{os.getpid()}-old-{uuid4().hex[:8]}"
+        old = path.parent / f"{_prefix(path, _OLD)}{os.getpid()}-{uuid4().hex[:8]}"
         path.replace(old)
         try:
             draft.replace(path)
@@ -112,17 +113,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         write_streamed(draft, layout, placed.__getitem__, dict(sorted((metadata or {}).items())))
 
 
-def _draft_prefix(path: Path) -> str:
-    return f".{path.name[:100]}.draft-{socket.gethostname()[:40]}-"
+def _prefix(path: Path, kind: str) -> str:
+    return f".{path.name[:100]}.{kind}-{socket.gethostname()[:40]}-"
 
 
-def _remove_orphans(path: Path) -> None:
-    """Remove drafts whose process no longer runs on this machine."""
-    prefix = _draft_prefix(path)
+def _clear_up(path: Path) -> None:
+    """Remove what processes left that no longer run on this machine; put back a folder that was being replaced."""
     for entry in path.parent.iterdir():
-        process = entry.name.removeprefix(prefix).partition("-")[0]
-        if entry.name.startswith(prefix) and process.isdigit() and not _is_running(int(process)):
-            _remove(entry)
+        for kind in (_OLD, _DRAFT):
+            prefix = _prefix(path, kind)
+            process = entry.name.removeprefix(prefix).partition("-")[0]
+            if entry.name.startswith(prefix) and process.isdigit() and not _is_running(int(process)):
+                if kind == _OLD and not path.exists():
+                    entry.replace(path)
+                else:
+                    _remove(entry)
 
 
 def _is_running(process: int) -> bool:

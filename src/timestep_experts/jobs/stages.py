@@ -23,7 +23,7 @@ from timestep_experts.training.checkpoint import require_same_fingerprint
 from timestep_experts.training.log import RunLog
 from timestep_experts.training.loop import run_stage, stored_fingerprint
 
-_DECIDING = ("mixed_precision", "base_dtype", "base_quantization", "gradient_accumulation_steps")
+_DECIDING = ("mixed_precision", "base_dtype", "base_quantization", "gradient_accumulation_steps", "not_finite")
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ RESULT = "result.safetensors"
 """In the folder of a stage: what it trained, once it is finished."""
 FINGERPRINT = "fingerprint.json"
 """Beside it: whatever decided its bytes."""
+MOST_SKIPPED = 10
+NotFinite = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class LoopSettings:
         checkpoints_total_limit: how many checkpoints are kept; ``None`` keeps all.
         logging_steps: mean losses are written this often.
         validation_steps: how often the observer is called; ``None`` only at the end.
+        not_finite: what to do where a gradient is not finite: ``stop``, or ``skip`` the update of those experts and
+            count it, up to `MOST_SKIPPED` steps in a row.
     """
 
     optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
@@ -67,6 +72,7 @@ class LoopSettings:
     checkpoints_total_limit: int | None = 2
     logging_steps: int = 10
     validation_steps: int | None = None
+    not_finite: NotFinite = "stop"
 
 
 Observer = Callable[[int, RunLog], None]
@@ -173,7 +179,7 @@ def _train(
             if is_logged:
                 values = stepper.take_log(done)
                 log.write(done, values)
-                bar.set_postfix(loss=f"{values['loss']:.4f}")
+                bar.set_postfix(loss=f"{values.get('loss', math.nan):.4f}")
             if is_saved:
                 limit = settings.checkpoints_total_limit
                 save_checkpoint(folder, done, trainee.state_dict(), optimiser, fingerprint, limit)
@@ -206,6 +212,7 @@ class _Stepper:
             for group in self.stage.param_groups
         ]
         self.parameters = self.stage.parameters()
+        self.num_skipped = self.num_in_a_row = 0
         self._forget_log()
 
     def step(self, step: int) -> None:
@@ -225,6 +232,8 @@ class _Stepper:
                 norms.append(param_group.take_gradients(self.settings.optimiser.max_grad_norm))
             else:
                 norms.append(self.loss_sums.new_zeros(()))
+        if self.settings.not_finite == "skip":
+            norms = self._skip_broken(norms)
         self.watch.note_gradients(step, norms)
         self.optimiser.step()
         for param_group in self.stage.param_groups:
@@ -233,19 +242,37 @@ class _Stepper:
             parameter.grad = None
         self.stage.after_step(step + 1)
 
+    def _skip_broken(self, norms: Sequence[Tensor]) -> list[Tensor]:
+        """Drop gradients that are not finite; their norms count as 0, unless that happens too often in a row."""
+        broken = [not bool(norm.isfinite()) for norm in norms]
+        self.num_in_a_row = self.num_in_a_row + 1 if any(broken) else 0
+        if self.num_in_a_row > MOST_SKIPPED:
+            return list(norms)
+        for param_group, is_broken in zip(self.stage.param_groups, broken, strict=True):
+            if is_broken:
+                param_group.drop_gradients()
+                self.num_skipped += 1
+        return [norm.new_zeros(()) if is_broken else norm for norm, is_broken in zip(norms, broken, strict=True)]
+
     def _backward(self, step: int, chunk: Batch) -> None:
         precision = self.settings.mixed_precision
         losses = self.stage.objective.backward(step, self.family, self.dataset, chunk, precision)
         strata = self.stage.plan.strata.index_of(chunk.t.to(losses.device))
+        is_counted = torch.ones_like(losses)
+        if self.settings.not_finite == "skip":
+            is_counted = losses.isfinite().to(losses.dtype)
+            losses = losses.nan_to_num(0.0, 0.0, 0.0)
         self.watch.note_losses(step, strata, losses)
         self.loss_sums.index_add_(0, strata, losses)
-        self.loss_counts.index_add_(0, strata, torch.ones_like(losses))
+        self.loss_counts.index_add_(0, strata, is_counted)
 
     def take_log(self, step: int) -> dict[str, float]:
         """Mean losses since the last time, rates, samples seen; the only place where the host waits for the device."""
         strata, means = self.stage.plan.strata.intervals, (self.loss_sums / self.loss_counts).tolist()
         seen = {f"loss/{s}": m for s, m, n in zip(strata, means, self.loss_counts.tolist(), strict=True) if n}
-        values = {"loss": sum(seen.values()) / len(seen)}
+        values = {"loss": sum(seen.values()) / len(seen)} if seen else {}
+        if self.settings.not_finite == "skip":
+            values["skipped_updates"] = self.num_skipped
         if len(strata) > 1:
             values |= seen
         active = [float(group["lr"]) for group in self.optimiser.param_groups]

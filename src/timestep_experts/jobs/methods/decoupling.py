@@ -72,7 +72,7 @@ class Decoupling:
         """
         count = self.config.num_ranges
         if wrong := [index for index in ranges or () if not 0 <= index < count]:
-            raise UserError(f"there is no range {wrong[0]}: ranges are counted from 0 to {count - 1}")
+            raise UserError(f"there is no range {wrong[0]}: this recipe has {count}, from 0 to {count - 1}")
         return self if ranges is None else replace(self, ranges=tuple(dict.fromkeys(ranges)))
 
     def train(self, context: RunContext) -> None:
