@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from timestep_experts.config.methods import KINDS
 
 _MOST_SHOWN = 200
+_TYPES = ("int", "float", "str", "bool", "constrained-int", "constrained-float", "constrained-str")
 
 
 def explain_all(error: ValidationError, where: str, root: type[BaseModel]) -> list[str]:
@@ -24,7 +25,19 @@ def explain_all(error: ValidationError, where: str, root: type[BaseModel]) -> li
     problems = error.errors()
     parents = {problem["loc"][:depth] for problem in problems for depth in range(len(problem["loc"]))}
     # A list only counts as too short because its items are wrong, which they say themselves.
-    return [_explain(p, where, root) for p in problems if p["type"] != "too_short" or p["loc"] not in parents]
+    kept = [problem for problem in problems if problem["type"] != "too_short" or problem["loc"] not in parents]
+    # Of several allowed types, only what is wrong with a value of the right one is of interest.
+    told = {_place(problem) for problem in kept if not _is_of_wrong_type(problem)}
+    lines = [_explain(p, where, root) for p in kept if not (_is_of_wrong_type(p) and _place(p) in told)]
+    return list(dict.fromkeys(lines))
+
+
+def _is_of_wrong_type(problem: Mapping[str, Any]) -> bool:
+    return str(problem["type"]).endswith("_type")
+
+
+def _place(problem: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(_keys(problem["loc"]))
 
 
 def _explain(problem: Mapping[str, Any], where: str, root: type[BaseModel]) -> str:
@@ -50,9 +63,11 @@ def _short(value: object) -> str:
 
 
 def _keys(place: Sequence[str | int]) -> Iterator[str]:
-    """The keys of a path as the recipe has them: pydantic writes the kind of a method into it."""
+    """The keys of a path as the recipe has them: pydantic writes kinds of methods and allowed types into it."""
     for index, part in enumerate(place):
-        if not (index and place[index - 1] == "method" and part in KINDS):
+        is_kind = index > 0 and place[index - 1] == "method" and part in KINDS
+        is_type = isinstance(part, str) and ("[" in part or part in _TYPES)
+        if not is_kind and not is_type:
             yield str(part)
 
 
