@@ -17,6 +17,7 @@ from timestep_experts.build.mixture import (
     build_reported_partition,
     build_spec,
     build_targets,
+    require_sensible_ranks,
 )
 from timestep_experts.build.settings import (
     build_assemble_settings,
@@ -60,4 +61,5 @@ __all__ = [
     "build_targets",
     "build_validation",
     "numbers_per_expert",
+    "require_sensible_ranks",
 ]

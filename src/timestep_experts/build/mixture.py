@@ -101,6 +101,21 @@ def build_targets(
     return networks, {**targets, **chosen}
 
 
+def require_sensible_ranks(mixture: Mixture) -> None:
+    """Refuse a rank that no layer can make use of.
+
+    Raises:
+        UserError: the rank of a scale is above the width of every layer.
+    """
+    widths = [min(layer.geometry.fan_in, layer.geometry.out_features) for layer in mixture.layers.values()]
+    for scale in mixture.spec.scales:
+        if scale.rank > max(widths):
+            raise UserError(
+                f"recipe.method.experts.scales: the rank {scale.rank} of {scale.name} is above the width of every"
+                f" layer; the widest has {max(widths)}"
+            )
+
+
 def build_mixture(recipe: Recipe, method: FosterConfig | DistillConfig, family: Family) -> Mixture:
     """Attach a method's experts to the family's denoisers and, where it says so, to its text encoders.
 
@@ -118,6 +133,7 @@ def build_mixture(recipe: Recipe, method: FosterConfig | DistillConfig, family: 
         owned=family.owned_intervals,
         seed=recipe.seed,
     )
+    require_sensible_ranks(mixture)
     if experts.text_dropout is not None:
         for name in networks.keys() & family.text_encoders.keys():
             mixture.set_dropout(experts.text_dropout, name)

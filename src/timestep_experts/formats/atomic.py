@@ -18,7 +18,7 @@ from torch import Tensor
 from timestep_experts.errors import UserError
 from timestep_experts.formats.checkpoints import TensorInfo, write_streamed
 
-_LONGEST_NAME = 255
+_LONGEST_NAME = 255  # in bytes, of all common file systems
 _DRAFT, _OLD = "draft", "old"
 
 
@@ -75,11 +75,10 @@ def check_output_folder(path: Path, *, makes: bool) -> None:
     Raises:
         UserError: it cannot; names what is in the way.
     """
+    if too_long := [part for part in path.parts if len(os.fsencode(part)) > _LONGEST_NAME]:
+        raise UserError(f"cannot write to {too_long[0][:40]}...: a name has at most {_LONGEST_NAME} bytes")
     try:
         there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-        longest = os.pathconf(there, "PC_NAME_MAX") if hasattr(os, "pathconf") else _LONGEST_NAME
-        if too_long := [part for part in path.parts if len(os.fsencode(part)) > longest - len(".draft-") - 60]:
-            raise UserError(f"cannot write to {path}: the name {too_long[0][:40]}... is too long")
         if not there.is_dir():
             raise UserError(f"cannot write to {path}: {there} is a file")
         if not os.access(there, os.W_OK | os.X_OK):

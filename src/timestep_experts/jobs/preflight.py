@@ -55,8 +55,8 @@ def preflight(recipe: Recipe, methods: Sequence[Method], *, is_dry: bool) -> Pre
     decoding = build_decode_settings(recipe, family.default_num_frames, flip=False)
     family.check_size(recipe.resolution, decoding.num_frames if isinstance(decoding, ClipSettings) else None)
     _check_sampler(recipe, family)
-    stages = [stage for method in methods for stage in method.plan(with_memory=is_dry)]
     datasets = _find_datasets(recipe, family)
+    stages = [stage for method in methods for stage in method.plan(with_memory=is_dry)]
     if not is_dry:
         check_output_folder(recipe.output_dir, makes=True)
     return Preflight(stages, datasets)

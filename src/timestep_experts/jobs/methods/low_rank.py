@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from timestep_experts.build import RunContext, build_spec, build_targets
+from timestep_experts.build import RunContext, build_spec, build_targets, require_sensible_ranks
 from timestep_experts.config import AssembleConfig, DistillConfig, FosterConfig, Recipe, Variant
 from timestep_experts.data import DecodeSettings
 from timestep_experts.errors import UserError
@@ -227,7 +227,9 @@ class LowRankMethod(ABC):
         """The experts on the meta device, to be counted."""
         networks, targets = build_targets(self.config.experts, meta_model.denoisers, meta_model.text_encoders)
         spec = build_spec(self.config.experts, meta_model.num_train_timesteps)
-        return Mixture.attach(networks, spec, targets, owned=meta_model.owned_intervals)
+        mixture = Mixture.attach(networks, spec, targets, owned=meta_model.owned_intervals)
+        require_sensible_ranks(mixture)
+        return mixture
 
     def write_bundle(self, mixture: Mixture, context: RunContext, mode: Mode) -> None:
         """Write the experts as the variant's bundle, with how they were made."""
