@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart cifar10 bench test test-slow lint types format clean assets
+.PHONY: help .venv quickstart cifar10 bench test test-slow test-faults fuzz lint types format clean assets
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,12 @@ test: lint types  ## Run all checks, then the fast tests
 
 test-slow: $(INSTALLED)  ## Run the tests that train or render for minutes
 	$(BIN)/pytest -m slow
+
+test-faults: $(INSTALLED)  ## Kill real runs, fill disks, start two at once (FAULTS adds options of pytest)
+	$(BIN)/pytest -m faults $(FAULTS)
+
+fuzz: $(INSTALLED)  ## Feed thousands of damaged files to all readers (FUZZ='--count 5000 --kind bundle')
+	$(BIN)/python scripts/fuzz.py $(FUZZ)
 
 lint: $(INSTALLED)  ## Check style and formatting
 	$(BIN)/ruff check
