@@ -337,9 +337,12 @@ def test_missing_and_foreign_tensors_are_listed(
     if kind == "safetensors":
         save_bundle(made, tmp_path)
         save_file(wrong, tmp_path / "mixture.safetensors")
-        made = load_bundle(tmp_path)
-    else:
-        made = replace(made, tensors=wrong)
+        with pytest.raises(UserError) as refused:
+            load_bundle(tmp_path)
+        for line in (f"missing: {first}", "unexpected: stranger", f"{second}: mixture.json and the shape (3, 3)"):
+            assert f"\n  {line}" in str(refused.value)
+        return
+    made = replace(made, tensors=wrong)
     shape = tuple(load_shape(pipeline, second))
     refuse(pipeline, made, f"missing: {first}", "unexpected: stranger", f"{second}: the model has {shape}, the file (3")
 

@@ -72,7 +72,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path, Path], None], str]] = {
     "no weights": ("sd", drop(*UNET_WEIGHTS), r"unet has no weights of its UNet2DConditionModel; expected .*safetens"),
     "no text weights": ("sd", drop("text_encoder", "model.safetensors"), "has no weights of its CLIPTextModel"),
     "no configuration": ("sd", drop("vae", "config.json"), "vae has no configuration of its AutoencoderKL; expected"),
-    "broken configuration": ("sd", write(b"{no", "unet", "config.json"), r"unet/config\.json is no readable JSON"),
+    "broken configuration": ("sd", write(b"{no", "unet", "config.json"), r"unet/config\.json is no JSON"),
     "broken weights": ("sd", write(b"nothing", *UNET_WEIGHTS), r"Unable to load weights .*unet/diffusion"),
     "sd as sdxl": ("sd", claim("StableDiffusionXLPipeline"), "lists no text_encoder_2, tokenizer_2; a StableD.* has "),
     "sd as sd3": ("sd", claim("StableDiffusion3Pipeline"), "lists no .*transformer and lists unet; a StableDiffusion3"),

@@ -122,7 +122,7 @@ def test_scale_name_must_fit_into_a_tensor_name(name):
 
 @pytest.mark.parametrize("rank", [0, -1])
 def test_rank_must_be_positive(rank):
-    with pytest.raises(ValueError, match=rf"'core'.*at least 1; got {rank}"):
+    with pytest.raises(ValueError, match=rf"'core'.*from 1 to 65,536; got {rank}"):
         Scale("core", Partition.uniform(8), rank, 4)
 
 

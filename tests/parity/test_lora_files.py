@@ -13,6 +13,7 @@ from conftest import max_error, randomise, scales
 from timestep_experts.formats import Bundle, save_bundle
 from timestep_experts.merging import weighted_sum
 from timestep_experts.mixture import Mixture, MixtureSpec
+from timestep_experts.mixture.carriers import named_layers
 from timestep_experts.weights.lora import LoraSettings, merge_lora, read_parts
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries, while they load
@@ -44,12 +45,12 @@ def test_fused_weights_are_the_base_and_the_sum(
     expected = {}
     for path, experts in updates.items():
         part, _, inner = path.partition(".")
-        weight = networks[part].get_submodule(inner).weight
+        weight = named_layers(networks[part])[inner].weight
         product = weighted_sum(experts, merged.weights).product()
         expected[path] = weight.detach().clone() + product.reshape(weight.shape)
     pipeline.load_lora_weights(tmp_path / "out")
     pipeline.fuse_lora(components=list(parts))
     for path, goal in expected.items():
         part, _, inner = path.partition(".")
-        fused = getattr(pipeline, part).get_submodule(inner).weight
+        fused = named_layers(getattr(pipeline, part))[inner].weight
         assert max_error(torch.as_tensor(fused), goal) < 1e-5, path

@@ -29,7 +29,7 @@ FORMAT_VERSION = 2
 DOCUMENT, TENSORS = "mixture.json", "mixture.safetensors"
 """The files of a bundle."""
 _SPEC = TypeAdapter(MixtureSpec)
-_MOST_BYTES = 2**25
+_MOST_BYTES, _MOST_SHOWN = 2**25, 20
 _SHORT_CLIP_NAME = re.compile(r"^(text_encoder(?:_\d)?)\.(encoder\.layers|embeddings|final_layer_norm)\b")
 
 
@@ -145,17 +145,20 @@ def _check_shapes(document: BundleDocument, shapes: Mapping[str, tuple[int, ...]
             wanted |= {f"{path}.router.F": (num_gated, None), f"{path}.router.bias": (num_gated,)}
         if num_gated and spec.router_input != "z":
             wanted[f"{path}.router.E"] = (rows, num_gated)
-    if strange := sorted(wanted.keys() ^ shapes.keys()):
-        kind = "is missing" if strange[0] in wanted else "is not expected"
-        raise UserError(f"{strange[0]} {kind}, as {len(strange)} tensors are")
-    for name, sizes in wanted.items():
-        found = shapes[name]
-        if len(found) != len(sizes) or any(w not in (None, f) for f, w in zip(found, sizes, strict=True)):
-            text = " x ".join("any" if size is None else str(size) for size in sizes)
-            raise UserError(f"{name} should be {text} by {DOCUMENT}; it is {' x '.join(map(str, found))}")
-        count = next((len(s.partition) for s in spec.scales if name.endswith((f".{s.name}.A", f".{s.name}.B"))), None)
-        if count is not None and not 1 <= found[0] <= count:
-            raise UserError(f"{name} has {found[0]} experts; {DOCUMENT} says {count}")
+    problems = [f"missing: {name}" for name in sorted(wanted.keys() - shapes.keys())]
+    problems += [f"unexpected: {name}" for name in sorted(shapes.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & shapes.keys()):
+        found, sizes = shapes[name], wanted[name]
+        own = next((s for s in spec.scales if name.endswith((f".{s.name}.A", f".{s.name}.B"))), None)
+        if (
+            len(found) != len(sizes)
+            or any(size not in (None, seen) for seen, size in zip(found, sizes, strict=True))
+            or (own is not None and not 1 <= found[0] <= len(own.partition))
+        ):
+            problems.append(f"{name}: {DOCUMENT} and the shape {found} contradict each other")
+    if problems:
+        more = [f"and {len(problems) - _MOST_SHOWN} more"] if len(problems) > _MOST_SHOWN else []
+        raise UserError("\n  ".join(["its tensors do not fit", *problems[:_MOST_SHOWN], *more]))
 
 
 def _canonical(name: str) -> str:

@@ -75,21 +75,13 @@ def updates_of(bundle: Bundle) -> dict[str, list[LowRank]]:
     """Every layer's experts as updates: scale after scale, each from low to high noise. Groups are not known here.
 
     Raises:
-        UserError: a tensor is missing or not finite, or a layer has not all experts of a scale, for its network owns
-            a part of the timesteps alone.
+        UserError: a layer has not all experts of a scale, for its network owns a part of the timesteps alone.
     """
     found: dict[str, list[LowRank]] = {}
     for path in bundle.target_modules:
         found[path] = []
         for scale in bundle.spec.scales:
-            names = [f"{path}.experts.{scale.name}.{part}" for part in "AB"]
-            if lacking := [name for name in names if name not in bundle.tensors]:
-                raise UserError(f"the bundle is damaged: it lacks {lacking[0]}")
-            down, up = (bundle.tensors[name].float() for name in names)
-            if not (down.isfinite().all() and up.isfinite().all()):
-                raise UserError(
-                    f"the bundle's experts are not finite: scale {scale.name} of {path} has NaN or infinity"
-                )
+            down, up = (bundle.tensors[f"{path}.experts.{scale.name}.{part}"].float() for part in "AB")
             if len(down) != len(scale.partition):
                 raise UserError(
                     f"{path} has {len(down)} of the {len(scale.partition)} experts of scale {scale.name}: denoisers"
