@@ -74,9 +74,11 @@ def numbers_per_expert(
     return value
 
 
-def build_assemble_settings(recipe: Recipe, assemble: AssembleConfig) -> AssembleSettings:
+def build_assemble_settings(
+    recipe: Recipe, assemble: AssembleConfig, text_encoders: Collection[str] = ()
+) -> AssembleSettings:
     """Stage 2."""
-    rate = assemble.learning_rate
+    rate, decay = assemble.learning_rate, assemble.text_weight_decay
     return AssembleSettings(
         learning_rate=rate,
         table_learning_rate=assemble.table_learning_rate or ROUTER_RATE_RATIO * rate,
@@ -84,6 +86,8 @@ def build_assemble_settings(recipe: Recipe, assemble: AssembleConfig) -> Assembl
         train_batch_size=assemble.train_batch_size,
         caption_dropout=recipe.data.caption_dropout,
         seed=recipe.seed,
+        rate_factors=dict.fromkeys(text_encoders, (assemble.text_learning_rate or rate) / rate),
+        weight_decays={} if decay is None else dict.fromkeys(text_encoders, decay),
     )
 
 

@@ -97,6 +97,8 @@ class AssembleConfig(Strict):
     train_batch_size: PositiveInt = 64
     learning_rate: PositiveFloat = 1e-4
     table_learning_rate: PositiveFloat | None = Field(None, description="of E; null: 50 times learning_rate")
+    text_learning_rate: PositiveFloat | None = Field(None, description="of F on text encoders; null: learning_rate")
+    text_weight_decay: NonNegativeFloat | None = Field(None, description="there; null: the optimiser's")
     optimizer: OptimizerConfig = OptimizerConfig()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from timestep_experts.errors import UserError
 from timestep_experts.formats.atomic import atomic_path, write_json, write_tensors
 from timestep_experts.formats.checkpoints import read_shapes
 from timestep_experts.formats.sampling import SamplingDefaults, sampling_of_version_1
+from timestep_experts.formats.sealed import SEAL, hash_tensors
 from timestep_experts.mixture import MixtureSpec, Mode
 
 FORMAT = "timestep-experts/bundle"
@@ -94,7 +95,7 @@ def save_bundle(bundle: Bundle, folder: Path) -> None:
     }
     with atomic_path(folder) as draft:
         draft.mkdir()
-        write_tensors(draft / TENSORS, bundle.tensors, {"format": FORMAT})
+        write_tensors(draft / TENSORS, bundle.tensors, {"format": FORMAT, SEAL: hash_tensors(bundle.tensors)})
         write_json(draft / DOCUMENT, document)
 
 
@@ -112,8 +113,12 @@ def load_bundle(folder: Path | str) -> Bundle:
     try:
         _check_shapes(document, read_shapes(path))
         tensors = load_file(path)
+        with safe_open(path, "pt") as opened:
+            seal = (opened.metadata() or {}).get(SEAL)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"the bundle {folder} is damaged: {TENSORS}: {error}") from error
+    if seal not in (None, hash_tensors(tensors)):
+        raise UserError(f"the bundle {folder} is damaged: {TENSORS} does not hold what was written: its hash differs")
     if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise UserError(f"the bundle {folder} is not usable: {wrong[0]} has numbers that are not finite")
     return Bundle(

@@ -14,7 +14,8 @@ from torch import Tensor
 from timestep_experts.formats.atomic import write_json, write_tensors
 from timestep_experts.formats.checkpoints import bytes_of
 
-_SEAL = "sha256"
+SEAL = "sha256"
+"""The key of the hash, in a file's metadata or its JSON."""
 
 
 class DamagedError(Exception):
@@ -24,7 +25,7 @@ class DamagedError(Exception):
 def write_sealed_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """`write_tensors` with a hash of names, types, shapes and values in the file's metadata."""
     placed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_tensors(path, placed, {_SEAL: _hash_tensors(placed)})
+    write_tensors(path, placed, {SEAL: hash_tensors(placed)})
 
 
 def read_sealed_tensors(path: Path) -> dict[str, Tensor]:
@@ -35,11 +36,11 @@ def read_sealed_tensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         with safe_open(path, "pt") as opened:
-            seal = (opened.metadata() or {}).get(_SEAL)
+            seal = (opened.metadata() or {}).get(SEAL)
             tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise DamagedError(f"{path} cannot be read: {error}") from error
-    if seal != _hash_tensors(tensors):
+    if seal != hash_tensors(tensors):
         raise DamagedError(f"{path} does not hold what was written: its hash differs")
     return tensors
 
@@ -47,7 +48,7 @@ def read_sealed_tensors(path: Path) -> dict[str, Tensor]:
 def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
     """`write_json` with a hash of the document in it."""
     plain = json.loads(json.dumps(value))
-    write_json(path, {**plain, _SEAL: _hash_json(plain)})
+    write_json(path, {**plain, SEAL: _hash_json(plain)})
 
 
 def read_sealed_json(path: Path) -> dict[str, Any]:
@@ -58,7 +59,7 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        seal = document.pop(_SEAL)
+        seal = document.pop(SEAL)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(f"{path} cannot be read: {error!r}") from error
     if seal != _hash_json(document):
@@ -66,12 +67,13 @@ def read_sealed_json(path: Path) -> dict[str, Any]:
     return dict(document)
 
 
-def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values, in the order of names."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}\n{tensor.dtype}\n{tuple(tensor.shape)}\n".encode())
-        digest.update(bytes_of(tensor.contiguous()))
+        digest.update(bytes_of(tensor.detach().cpu().contiguous()))
     return digest.hexdigest()
 
 

@@ -77,9 +77,14 @@ class RunPaths:
         """The numbers of the report."""
         return self.output_dir / "results.json"
 
+    @property
+    def variants(self) -> Path:
+        """What was trained, by variant."""
+        return self.output_dir / "variants"
+
     def variant(self, name: str) -> VariantPaths:
         """The files of a variant."""
-        return VariantPaths(self.output_dir / "variants" / name)
+        return VariantPaths(self.variants / name)
 
     @property
     def evaluations(self) -> Path:

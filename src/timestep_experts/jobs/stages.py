@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -9,19 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from timestep_experts.build import RunContext, build_loop_settings, build_loss_settings
 from timestep_experts.config import OptimizerConfig, Recipe
 from timestep_experts.evaluation import loss_curve
+from timestep_experts.formats.atomic import atomic_path
 from timestep_experts.inference import SampleSettings, reencoding, sample
 from timestep_experts.intervals import Partition
+from timestep_experts.jobs.paths import RunPaths
 from timestep_experts.jobs.samples import save_sample_sheet
 from timestep_experts.mixture import Mixture, Mode
 from timestep_experts.models import Family
 from timestep_experts.training import Training
 from timestep_experts.training.checkpoint import require_same_fingerprint
-from timestep_experts.training.log import RunLog
-from timestep_experts.training.loop import run_stage, stored_fingerprint
+from timestep_experts.training.log import LOG, RunLog
+from timestep_experts.training.loop import FINGERPRINT, RESULT, is_finished, run_stage, stored_fingerprint
 
 _DECIDING = ("mixed_precision", "base_dtype", "base_quantization", "gradient_accumulation_steps", "not_finite")
 
@@ -61,7 +67,7 @@ def train_stage(
     method: dict[str, Any],
     preview: Preview,
 ) -> None:
-    """Run a stage in its folder, from where it stopped.
+    """Run a stage in its folder, from where it stopped; what another variant has trained equally is taken from there.
 
     Args:
         recipe: of the run.
@@ -75,15 +81,34 @@ def train_stage(
     Raises:
         UserError: see `run_stage`.
     """
+    deciding = fingerprint(recipe, context, method)
+    _take_from_another_variant(RunPaths(recipe.output_dir).variants, folder, deciding)
     with encoders_away(recipe, context):
         run_stage(
             training,
             context.train,
             build_loop_settings(recipe, optimiser),
             folder,
-            fingerprint(recipe, context, method),
+            deciding,
             lambda step, log: _observe(recipe, context, preview, folder, step, log),
         )
+
+
+def _take_from_another_variant(variants: Path, folder: Path, deciding: Mapping[str, Any]) -> None:
+    """Copy the finished stage of another variant that is the same by its fingerprint, unless this one has begun."""
+    if not variants.is_dir() or stored_fingerprint(folder) is not None:
+        return
+    place = Path(*folder.relative_to(variants).parts[1:])
+    wanted = json.loads(json.dumps(deciding))
+    for other in sorted(variants.iterdir()):
+        same = other / place
+        if same != folder and is_finished(same) and stored_fingerprint(same) == wanted:
+            with atomic_path(folder) as draft:
+                draft.mkdir()
+                for name in (RESULT, FINGERPRINT, LOG):
+                    shutil.copyfile(same / name, draft / name)
+            tqdm.write(f"{folder.name}: taken from {other.name}, which trained the same", sys.stderr)
+            return
 
 
 def fingerprint(recipe: Recipe, context: RunContext, method: dict[str, Any]) -> dict[str, Any]:

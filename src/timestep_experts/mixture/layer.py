@@ -5,6 +5,7 @@ Shapes: B rows of a batch, N positions, k input features, m gated scales.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ class MixtureLayer(nn.Module):
         owned: the interval of t that the network works on; its layers hold no experts of other timesteps. ``None``
             means all timesteps.
         reads_text: whether the layer's positions are tokens of the text, of which some may be padding.
+        seed: of the initial A, which depends on it, the layer's name and the scale's name alone.
 
     Raises:
         UserError: the layer cannot carry experts, or a gate per position is wanted and it changes the positions.
@@ -51,6 +53,7 @@ class MixtureLayer(nn.Module):
         owned: Interval | None = None,
         *,
         reads_text: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         spec = state.spec
@@ -65,7 +68,7 @@ class MixtureLayer(nn.Module):
                 f"{name}: a gate per position needs a layer that keeps positions; this {type(base_layer).__name__} has"
                 f" kernel {self.geometry.kernel_size}, stride {self.geometry.stride}, padding {self.geometry.padding}"
             )
-        self.experts = nn.ModuleDict({scale.name: self._stack(scale, owned) for scale in spec.scales})
+        self.experts = nn.ModuleDict({scale.name: self._stack(scale, owned, seed) for scale in spec.scales})
         self.router = None
         if spec.gated_scales:
             self.router = Router(
@@ -77,10 +80,13 @@ class MixtureLayer(nn.Module):
                 spec.router_knots,
             )
 
-    def _stack(self, scale: Scale, owned: Interval | None) -> ExpertStack:
+    def _stack(self, scale: Scale, owned: Interval | None, seed: int) -> ExpertStack:
         """The experts of a scale whose intervals meet the one that the network works on."""
         met = [i for i, interval in enumerate(scale.partition.intervals) if owned is None or interval.meets(owned)]
-        return ExpertStack(self.geometry, len(met), scale.rank, self.name, met[0] if owned else None)
+        own = hashlib.sha256(f"{seed}/{self.name}/{scale.name}".encode()).digest()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(own[:8], "little"))
+            return ExpertStack(self.geometry, len(met), scale.rank, self.name, met[0] if owned else None)
 
     def train(self, mode: bool = True) -> MixtureLayer:
         """Set the training mode of the base layer too: dropout of the experts follows it."""

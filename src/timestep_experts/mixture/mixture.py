@@ -71,7 +71,7 @@ class Mixture(MixtureParameters):
                 match something.
             owned: the interval of t that a network works on, by its name; it carries no experts of other timesteps.
             timestep: how the denoisers are told the timestep; ``None`` for what diffusers' pipelines do.
-            seed: of the initial A.
+            seed: of the initial A. The experts of a layer do not depend on which others there are.
             kernels: the arithmetic of the layers; ``None`` for the fast one.
 
         Raises:
@@ -82,17 +82,17 @@ class Mixture(MixtureParameters):
         matches = {name: match_all(network, patterns[name]) for name, network in named.items()}
         state = MixtureState(spec, kernels or default_kernels())
         layers, readers = {}, {}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            for name, network in named.items():
-                found = named_layers(network)
-                attentions = attentions_of(found, matches[name])
-                require_separate_projections(attentions)
-                readers[name] = TimestepReader.of(network, state, timestep or timestep_input_of(network), attentions)
-                for module in matches[name]:
-                    path = f"{name}.{module}" if name else module
-                    text = readers[name].position is None or reads_text(found, module)
-                    layers[path] = MixtureLayer(found[module], state, path, (owned or {}).get(name), reads_text=text)
+        for name, network in named.items():
+            found = named_layers(network)
+            attentions = attentions_of(found, matches[name])
+            require_separate_projections(attentions)
+            readers[name] = TimestepReader.of(network, state, timestep or timestep_input_of(network), attentions)
+            for module in matches[name]:
+                path = f"{name}.{module}" if name else module
+                text = readers[name].position is None or reads_text(found, module)
+                layers[path] = MixtureLayer(
+                    found[module], state, path, (owned or {}).get(name), reads_text=text, seed=seed
+                )
         for layer in layers.values():
             layer.move_experts(_device_of(layer.base_layer))
             add_layer(layer)

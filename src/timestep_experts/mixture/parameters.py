@@ -64,9 +64,12 @@ class MixtureParameters:
         places = [(stack, index - stack.first) for layer, stack in stacks if id(layer) in wanted]
         return [(p, place) for stack, place in places if 0 <= place < len(stack.A) for p in (stack.A, stack.B)]
 
-    def router_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """The routers' parameters: those of F (weights and biases), and the tables E."""
-        routers = [layer.router for layer in self.layers.values() if layer.router is not None]
+    def router_parameters(
+        self, network_names: Iterable[str] | None = None
+    ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The routers' parameters on some of the networks, or on all: those of F (weights and biases), and tables E."""
+        layers = [layer for name in network_names or self.networks for layer in self.layers_of(name)]
+        routers = [layer.router for layer in layers if layer.router is not None]
         maps = [p for router in routers for p in (router.F, router.bias) if p is not None]
         return maps, [router.E for router in routers if router.E is not None]
 
@@ -94,19 +97,11 @@ class MixtureParameters:
             UserError: a tensor is missing, unexpected or of another shape; all of them are listed, and nothing is
                 loaded.
         """
-        own = self.state_dict()
-        problems = [f"missing: {key}" for key in own.keys() - state.keys()]
-        problems += [f"unexpected: {key}" for key in state.keys() - own.keys()]
-        problems += [
-            f"{key}: the model has {tuple(own[key].shape)}, the file {tuple(state[key].shape)}"
-            for key in own.keys() & state.keys()
-            if own[key].shape != state[key].shape
-        ]
-        if problems:
-            raise UserError("these experts do not fit the model:\n  " + "\n  ".join(sorted(problems)))
-        with torch.no_grad():
-            for key, value in own.items():
-                value.copy_(state[key])
+        _copy(state, self.state_dict())
+
+    def only(self, *scale_names: str) -> ScaleParameters:
+        """The experts of some scales: what a stage changes that trains no others."""
+        return ScaleParameters(self, tuple(self.state.spec.scale(name).name for name in scale_names))
 
     def count_parameters(self) -> ParameterCount:
         """Count the parameters of experts and routers: stored, active and trainable."""
@@ -121,3 +116,44 @@ class MixtureParameters:
             return active
         rows = [p if p is not layer.router.E else p[0] for p in layer.router.parameters()]  # of a table, one row
         return active + sum(row.numel() for row in rows)
+
+
+@dataclass(frozen=True)
+class ScaleParameters:
+    """The experts of some scales of a mixture.
+
+    Args:
+        mixture: whose.
+        names: of the scales.
+    """
+
+    mixture: MixtureParameters
+    names: tuple[str, ...]
+
+    def trained_modules(self) -> Iterable[nn.Module]:
+        """The layers with experts."""
+        return self.mixture.trained_modules()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Their tensors, by the mixture's names."""
+        parts = [f".experts.{name}." for name in self.names]
+        return {key: value for key, value in self.mixture.state_dict().items() if any(part in key for part in parts)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """As that of the mixture, for these scales."""
+        _copy(state, self.state_dict())
+
+
+def _copy(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    problems = [f"missing: {key}" for key in own.keys() - state.keys()]
+    problems += [f"unexpected: {key}" for key in state.keys() - own.keys()]
+    problems += [
+        f"{key}: the model has {tuple(own[key].shape)}, the file {tuple(state[key].shape)}"
+        for key in own.keys() & state.keys()
+        if own[key].shape != state[key].shape
+    ]
+    if problems:
+        raise UserError("these experts do not fit the model:\n  " + "\n  ".join(sorted(problems)))
+    with torch.no_grad():
+        for key, value in own.items():
+            value.copy_(state[key])

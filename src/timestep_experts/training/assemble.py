@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from timestep_experts.errors import UserError
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture
 from timestep_experts.training.batches import BatchPlan
-from timestep_experts.training.param_group import ParamGroup
+from timestep_experts.training.param_group import ParamGroup, networks_by_rate
 from timestep_experts.training.stage import Denoising, Stage
 
 
@@ -23,6 +24,8 @@ class AssembleSettings:
         train_batch_size: samples per step, t over the whole range.
         caption_dropout: probability of the empty caption.
         seed: of samples.
+        rate_factors: what the rates are multiplied by on some networks, by name; see `FosterSettings`.
+        weight_decays: of some networks, by name, in place of the optimiser's.
     """
 
     learning_rate: float
@@ -31,6 +34,8 @@ class AssembleSettings:
     train_batch_size: int
     caption_dropout: float
     seed: int
+    rate_factors: Mapping[str, float] = field(default_factory=dict)
+    weight_decays: Mapping[str, float] = field(default_factory=dict)
 
 
 def assemble(mixture: Mixture, settings: AssembleSettings) -> Stage:
@@ -55,13 +60,23 @@ def router_param_groups(mixture: Mixture, settings: AssembleSettings) -> list[Pa
     Raises:
         UserError: no scale is gated, so there is nothing to learn.
     """
-    maps, tables = mixture.router_parameters()
-    kinds = [("router.F", maps, settings.learning_rate), ("router.E", tables, settings.table_learning_rate)]
-    param_groups = [
-        ParamGroup(name, [(parameter, None) for parameter in parameters], rate, settings.max_train_steps)
-        for name, parameters, rate in kinds
-        if parameters
-    ]
+    groups = networks_by_rate(mixture.networks, settings.rate_factors, settings.weight_decays)
+    param_groups = []
+    for (factor, weight_decay), networks in groups.items():
+        maps, tables = mixture.router_parameters(networks)
+        ending = f".{'+'.join(networks)}" if len(groups) > 1 else ""
+        kinds = [("router.F", maps, settings.learning_rate), ("router.E", tables, settings.table_learning_rate)]
+        param_groups += [
+            ParamGroup(
+                name + ending,
+                [(parameter, None) for parameter in parameters],
+                rate * factor,
+                settings.max_train_steps,
+                weight_decay=weight_decay,
+            )
+            for name, parameters, rate in kinds
+            if parameters
+        ]
     if not param_groups:
         raise UserError("nothing to assemble: no scale of this mixture is a gated context")
     return param_groups

@@ -13,7 +13,7 @@ from timestep_experts.errors import UserError
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, Scale
 from timestep_experts.training.batches import BatchPlan
-from timestep_experts.training.param_group import ParamGroup
+from timestep_experts.training.param_group import ParamGroup, networks_by_rate
 from timestep_experts.training.stage import Denoising, Stage
 
 FosterMethod = Literal["independent", "coarse_to_fine", "joint"]
@@ -85,10 +85,7 @@ def _stage(
 def _experts(
     mixture: Mixture, settings: FosterSettings, scale: Scale, strata: Partition, share: float
 ) -> list[ParamGroup]:
-    groups: dict[tuple[float, float | None], list[str]] = {}
-    for network in mixture.networks:
-        own = settings.rate_factors.get(network, 1.0), settings.weight_decays.get(network)
-        groups.setdefault(own, []).append(network)
+    groups = networks_by_rate(mixture.networks, settings.rate_factors, settings.weight_decays)
     param_groups = []
     for (index, interval), (own, networks) in product(enumerate(scale.partition.intervals), groups.items()):
         factor, weight_decay = own

@@ -160,13 +160,12 @@ class _Moment:
         again = self.chunk.renoisings["match"].to(self.device)
         alpha, scale = alphas_at(self.family, again.t), self.owner.guidance_scale
         noisy = self.family.noise.add_noise(clean, again.noise, again.t)
-        with self._autocast():
-            fake = self.owner.fake.predict(noisy, again.t, self.conditioning)
-            with self.owner.mixture.using("off"):
-                real = self.family.predict(noisy, again.t, self.conditioning)
-                if scale != 1:
-                    empty = self._conditioning(torch.arange(len(self.chunk)), without_caption=True)
-                    real = guided(real, self.family.predict(noisy, again.t, empty), scale)
+        fake = self.owner.fake.predict(noisy, again.t, self.conditioning)  # in fp32: a small difference of two follows
+        with self._autocast(), self.owner.mixture.using("off"):
+            real = self.family.predict(noisy, again.t, self.conditioning)
+            if scale != 1:
+                empty = self._conditioning(torch.arange(len(self.chunk)), without_caption=True)
+                real = guided(real, self.family.predict(noisy, again.t, empty), scale)
         return matching_gradient(clean, clean_from_noise(noisy, fake, alpha), clean_from_noise(noisy, real, alpha))
 
     def fake_losses(self, clean: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,16 @@ class ParamGroup:
         """Forget the leaves' gradients; the optimiser skips leaves without one."""
         for leaf in self.leaves:
             leaf.grad = None
+
+
+def networks_by_rate(
+    networks: Iterable[str], rate_factors: Mapping[str, float], weight_decays: Mapping[str, float]
+) -> dict[tuple[float, float | None], list[str]]:
+    """Which networks learn at the same rate: their names by the factor of the rate and their own weight decay."""
+    groups: dict[tuple[float, float | None], list[str]] = {}
+    for network in networks:
+        groups.setdefault((rate_factors.get(network, 1.0), weight_decays.get(network)), []).append(network)
+    return groups
 
 
 def learning_rate_factor(name: str, num_warmup_steps: int, num_training_steps: int) -> Callable[[int], float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -117,6 +118,15 @@ class Distilling(LowRankMethod):
 
     def _unfinished(self, stages: Iterable[DistillStage]) -> list[str]:
         return [item.stage.name for item in stages if not self.paths.is_finished(item.stage.name)]
+
+    def deciding(self, stage: str) -> dict[str, Any]:
+        """See `LowRankMethod`. The experts of a scale do not know of the other scales, nor of their scale's role."""
+        everything = super().deciding(stage)
+        own = [scale for scale in self.config.experts.scales if stage.startswith(f"distill-{scale.label}.")]
+        if not own:
+            return everything
+        experts = {key: value for key, value in everything["experts"].items() if not key.startswith(("router", "gate"))}
+        return {**everything, "experts": {**experts, "scales": [own[0].model_dump(mode="json", exclude={"role"})]}}
 
     def _generator(self, item: DistillStage, context: RunContext) -> dict[str, Tensor] | None:
         """The expert of a finished stage, without the fake score, with which nobody goes on; ``None``: unfinished."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from timestep_experts.build import (
     RunContext,
@@ -31,7 +32,7 @@ from timestep_experts.jobs.stages import preview_experts, train_stage
 from timestep_experts.mixture import Mixture, Mode
 from timestep_experts.models import Family, MetaModel
 from timestep_experts.training import Training, assemble, foster
-from timestep_experts.training.stage import Stage
+from timestep_experts.training.stage import Stage, Trainable
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Fostering(LowRankMethod):
 
     def assemble(self, context: RunContext) -> None:
         """See `LowRankMethod`."""
-        config = self.assembling
+        _ = self.assembling  # a recipe without this stage fails here
         mixture = build_mixture(self.recipe, self.config, context.family)
         try:
             stages = self._foster_stages(mixture, context.family)
@@ -62,7 +63,7 @@ class Fostering(LowRankMethod):
                     f" {self.paths.folder})"
                 )
             self._foster(mixture, context)
-            self._run(assemble(mixture, build_assemble_settings(self.recipe, config)), mixture, context, "route")
+            self._run(self._assemble_stage(mixture, context.family), mixture, context, "route")
             self.write_bundle(mixture, context, "route")
         finally:
             mixture.detach()
@@ -79,12 +80,26 @@ class Fostering(LowRankMethod):
         train_stage(
             self.recipe,
             context,
-            Training(stage, mixture, context.family),
+            Training(stage, self._trainee(stage, mixture), context.family),
             self._optimiser(stage),
             self.paths.stage(stage.name),
             self.deciding(stage.name),
             preview_experts(context, mixture, mode, self.sampling(context.decoding), mixture.spec.strata),
         )
+
+    def _trainee(self, stage: Stage, mixture: Mixture) -> Trainable:
+        """What a stage changes; of a scale that is fostered by itself, only its own experts are kept."""
+        own = [scale.name for scale in mixture.spec.scales if stage.name == f"foster-{scale.name}"]
+        return mixture.only(*own) if own else mixture
+
+    def deciding(self, stage: str) -> dict[str, Any]:
+        """See `LowRankMethod`. A scale that is fostered independently does not know of the others, nor of its role."""
+        everything = super().deciding(stage)
+        own = [scale for scale in self.config.experts.scales if stage == f"foster-{scale.label}"]
+        if self.config.schedule != "independent" or not own:
+            return everything
+        experts = {key: value for key, value in everything["experts"].items() if not key.startswith(("router", "gate"))}
+        return {**everything, "experts": {**experts, "scales": [own[0].model_dump(mode="json", exclude={"role"})]}}
 
     def _optimiser(self, stage: Stage) -> OptimizerConfig:
         return self.assembling.optimizer if stage.name == "assemble" else self.config.optimizer
@@ -128,7 +143,10 @@ class Fostering(LowRankMethod):
         stages = self._foster_stages(mixture, meta_model)
         if not self.assembles:
             return stages
-        return [*stages, assemble(mixture, build_assemble_settings(self.recipe, self.assembling))]
+        return [*stages, self._assemble_stage(mixture, meta_model)]
+
+    def _assemble_stage(self, mixture: Mixture, base: Family | MetaModel) -> Stage:
+        return assemble(mixture, build_assemble_settings(self.recipe, self.assembling, base.text_encoders))
 
     def _memory(self, base: int, mixture: Mixture, stage: Stage, peak: int) -> Memory:
         """Experts are fp32: their values, and the gradients and the optimiser's state of those that a stage changes."""
