@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from timestep_experts.formats import load_bundle
 from timestep_experts.mixture import Mixture, MixtureSpec
 from timestep_experts.training.log import training_cost
 
+FEW = {"num_pictures": 2, "bins_per_interval": 1, "num_prompts": 0}
 SCALES = {n: {"intervals": n, "rank": 2} for n in (4, 2, 1)}
 
 
@@ -36,7 +38,7 @@ def variant(*intervals: int, **changes: Any) -> dict[str, Any]:
 
 def run(home: Path, base: Path, data: Path, main: dict[str, Any], **variants: Any) -> Outcome:
     home.mkdir()
-    outcome = call("run", write_recipe(home, base, data, method=main, variants=variants, evaluation={"num_prompts": 0}))
+    outcome = call("run", write_recipe(home, base, data, method=main, variants=variants, evaluation=FEW))
     assert outcome.code == 0, outcome.err
     return outcome
 
@@ -53,6 +55,10 @@ def test_a_scale_that_two_variants_foster_is_fostered_once_with_the_same_bytes(
     taken = [line for line in together.err.splitlines() if "taken from" in line]
     # main fosters 4 and 1; both takes 4, 1 and its routers, other takes 4, alone takes 1
     assert len(taken) == 5
+    results = json.loads((tmp_path / "together" / "out" / "results.json").read_text())
+    seen = {(result["variant"], result["mode"]): result["num_images_seen"] for result in results}
+    # 2 steps of 2 samples for each expert, and 1 step of 2 samples for the routers; contexts do not switch
+    assert (seen["both", "switch"], seen["both", "route"], seen["alone", "switch"]) == (16, 16 + 4 + 2, 4)
     for name, own in (("both", method(4, 1)), ("other", method(4, 2)), ("alone", method(1))):
         apart = run(tmp_path / name, base, data, own)
         assert "taken from" not in apart.err
