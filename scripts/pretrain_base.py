@@ -69,7 +69,10 @@ def main() -> None:
     is_encoded = autoencoder is not None
     latents = encode(family, pictures, options.work / "latents.safetensors") if is_encoded else torch.tensor(pictures)
     train_denoiser(family, latents, captions, options)
-    pipeline.to("cpu", torch.float16 if is_encoded else torch.float32).save_pretrained(options.output)
+    pipeline.to("cpu", torch.float16 if is_encoded else torch.float32)
+    if is_encoded:
+        pipeline.text_encoder.float()  # transformers loads what is stored, diffusers fp32: one dtype for both
+    pipeline.save_pretrained(options.output)
 
 
 def _parse() -> argparse.Namespace:

@@ -8,11 +8,13 @@ from itertools import permutations, product
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from timestep_experts.evaluation.fidelity import to_judge_input
+from timestep_experts.models import BASE_ASSET, resolve_model
 from timestep_experts.world.judge import Reading, Verdict, judge_loss, judge_targets, load_judge, score
 from timestep_experts.world.render import DOMAINS, render, shape_distance
 from timestep_experts.world.scenes import (
@@ -264,3 +266,10 @@ def test_scores_lie_between_0_and_1_and_are_1_for_the_truth(scene: Scene, read: 
     truth = score(Reading(*scene.in_reading_order(), scene.is_horizontal), scene)
     told_apart = scene.first != scene.second
     assert truth == Verdict(1, 1, 1, float(told_apart))
+
+
+def test_the_shipped_base_draws_by_itself_as_the_readme_loads_it() -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(resolve_model(BASE_ASSET))
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = pipeline("a red star", num_inference_steps=2, output_type="np").images
+    assert np.isfinite(pictures).all()
