@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart cifar10 bench test test-slow test-faults fuzz lint types format clean assets
+.PHONY: help .venv quickstart cifar10 bench test test-slow test-faults fuzz mutants lint types format clean assets
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,10 @@ test-faults: $(INSTALLED)  ## Kill real runs, fill disks, start two at once (FAU
 
 fuzz: $(INSTALLED)  ## Feed thousands of damaged files to all readers (FUZZ='--count 5000 --kind bundle')
 	$(BIN)/python scripts/fuzz.py $(FUZZ)
+
+mutants: $(INSTALLED)  ## Change one operator of a formula at a time and see whether a test notices (MUTANTS='--count 20')
+	$(BIN)/python -m pip install -q cosmic-ray
+	$(BIN)/python scripts/mutants.py $(MUTANTS)
 
 lint: $(INSTALLED)  ## Check style and formatting
 	$(BIN)/ruff check
