@@ -611,8 +611,8 @@ def test_a_dry_run_of_one_variant(base: Path, data: Path, tmp_path: Path) -> Non
     assert "main" not in outcome.out
 
 
-def test_a_dry_run_needs_a_base_it_can_read(base: Path, tmp_path: Path) -> None:
+def test_a_dry_run_needs_a_base_it_can_read(base: Path, data: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, tmp_path / "nowhere", tmp_path)
     assert f"cannot load a pipeline from '{tmp_path / 'nowhere'}'" in refused("run", recipe, "--dry-run")
-    recipe = write_recipe(tmp_path, base, tmp_path)
+    recipe = write_recipe(tmp_path, base, data)
     assert "match no layer" in refused("run", recipe, "--dry-run", "method.experts.target_modules=[to_nowhere]")

@@ -191,7 +191,7 @@ def test_the_papers_recipe_is_planned(tmp_path: Path) -> None:
     assert steps == [20000, 5000, 20000, 5000, 5000, 20000, 5000, 40000, 40000, 5000]
     assert [plan[key].steps for key in lora] == [40000, 5000]
     assert [plan[key].samples for key in lora] == [40000 * 4 * 32, 5000 * 4 * 16]
-    assert (plan["main", "assemble"].steps, plan["main", "assemble"].samples) == (2000, 2000 * 16)
+    assert (plan["main", "assemble"].steps, plan["main", "assemble"].samples) == (20000, 20000 * 16)
     outcome = call("run", PAPER, f"pretrained_model_name_or_path={tmp_path}", "--dry-run")
     assert outcome.code == 0, outcome.err
     assert "not estimated" in outcome.out

@@ -224,8 +224,12 @@ def test_a_second_signal_is_obeyed_at_once(family: StableDiffusion, tmp_path: Pa
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("the second one should have been obeyed")
 
-    with pytest.raises(KeyboardInterrupt):
-        train(family, tmp_path, ask_twice, validation_steps=1)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(family, tmp_path, ask_twice, validation_steps=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 # Numbers

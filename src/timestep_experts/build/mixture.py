@@ -20,6 +20,8 @@ from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale, asymmetric
 from timestep_experts.models import Family
 
+_MOST_RANKS = 16
+
 
 def build_spec(experts: ExpertsConfig, num_train_timesteps: int) -> MixtureSpec:
     """The form of the mixture; base gates are 0."""
@@ -102,16 +104,16 @@ def build_targets(
 
 
 def require_sensible_ranks(mixture: Mixture) -> None:
-    """Refuse a rank that no layer can make use of.
+    """Refuse a rank that can only be a mistake; above the width of a layer it is of no use already.
 
     Raises:
-        UserError: the rank of a scale is above the width of every layer.
+        UserError: the rank of a scale is more than `_MOST_RANKS` times the width of every layer.
     """
     widths = [min(layer.geometry.fan_in, layer.geometry.out_features) for layer in mixture.layers.values()]
     for scale in mixture.spec.scales:
-        if scale.rank > max(widths):
+        if scale.rank > _MOST_RANKS * max(widths):
             raise UserError(
-                f"recipe.method.experts.scales: the rank {scale.rank} of {scale.name} is above the width of every"
+                f"recipe.method.experts.scales: the rank {scale.rank} of {scale.name} is far above the width of every"
                 f" layer; the widest has {max(widths)}"
             )
 
