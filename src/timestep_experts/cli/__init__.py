@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -34,9 +34,10 @@ if TYPE_CHECKING:
     from timestep_experts.build import RunContext
     from timestep_experts.config import Recipe
     from timestep_experts.data import Dataset
-    from timestep_experts.jobs.methods import Method
+    from timestep_experts.jobs.methods import Decoupling, Distilling, LowRankMethod, Method
     from timestep_experts.jobs.plan import StagePlan
 
+M = TypeVar("M", bound="LowRankMethod | Decoupling")
 USER_ERROR = 2
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 
@@ -128,7 +129,9 @@ def foster(
     recipe: RecipePath, overrides: Overrides = None, variant: VariantName = None, dry_run: DryRun = False
 ) -> None:
     """Stage 1: train the experts of every interval; writes a bundle to switch with."""
-    _stage(recipe, overrides, variant, dry_run, ("foster",), lambda method, context: method.train_experts(context))
+    from timestep_experts.jobs.methods import Fostering
+
+    _stage(recipe, overrides, variant, dry_run, Fostering, lambda method, context: method.train_experts(context))
 
 
 @app.command()
@@ -142,12 +145,13 @@ def distill(
     dry_run: DryRun = False,
 ) -> None:
     """Train a few-step generator, one expert after the other; writes a bundle to switch with."""
+    from timestep_experts.jobs.methods import Distilling
 
-    def job(method: Any, context: Any) -> None:
+    def job(method: Distilling, context: RunContext) -> None:
         if not method.distill(context, expert or ()):
             console.print(f"{method.variant.name}: some experts are still to be distilled")
 
-    _stage(recipe, overrides, variant, dry_run, ("distill",), job)
+    _stage(recipe, overrides, variant, dry_run, Distilling, job)
 
 
 @app.command()
@@ -155,12 +159,13 @@ def assemble(
     recipe: RecipePath, overrides: Overrides = None, variant: VariantName = None, dry_run: DryRun = False
 ) -> None:
     """Stage 2: train the routers of fostered or distilled experts; writes a bundle to route with."""
+    from timestep_experts.jobs.methods import LowRankMethod
 
-    def job(method: Any, context: Any) -> None:
+    def job(method: LowRankMethod, context: RunContext) -> None:
         if variant is not None or method.assembles:
             method.assemble(context)
 
-    _stage(recipe, overrides, variant, dry_run, ("foster", "distill"), job)
+    _stage(recipe, overrides, variant, dry_run, LowRankMethod, job)  # type: ignore[type-abstract]  # nobody makes one
 
 
 @app.command()
@@ -177,8 +182,10 @@ def decouple(
     """Train a full copy of the denoiser for every range of timesteps; writes folders for **merge** and **sample**."""
     loaded = _load(recipe, overrides)
     quiet_libraries()
-    (method,) = _methods_of_kind(loaded, variant, ("decouple",))
-    method = method.of_ranges(range_)
+    from timestep_experts.jobs.methods import Decoupling
+
+    (whole,) = _methods_of(loaded, variant, Decoupling)
+    method = whole.of_ranges(range_)
     context = _prepare(loaded, [method], dry_run)
     if context is None:
         return
@@ -355,21 +362,20 @@ def _context(recipe: Recipe, datasets: tuple[Dataset, Dataset] | None = None) ->
     return context
 
 
-def _methods_of_kind(recipe: Recipe, variant: str | None, kinds: tuple[str, ...]) -> list[Any]:
-    """The methods of these kinds, of one variant or of all.
+def _methods_of(recipe: Recipe, variant: str | None, kind: type[M]) -> list[M]:
+    """The methods of a kind, of one variant or of all.
 
     Raises:
-        UserError: the variant is of another kind, or none is of these.
+        UserError: the variant is of another kind, or none is of this one.
     """
     from timestep_experts.jobs.methods import method_of, methods_of
 
     methods = methods_of(recipe) if variant is None else [method_of(recipe, recipe.variant(variant))]
-    found = [method for method in methods if method.config.kind in kinds]
+    found: list[M] = [method for method in methods if isinstance(method, kind)]
     if not found:
         own = ", ".join(f"{method.variant.name} ({method.config.kind})" for method in methods)
-        wanted = " or ".join(kinds)
         raise UserError(
-            f"recipe.method.kind: this command trains variants of kind {wanted}; of this recipe it would take {own}"
+            f"recipe.method.kind: this command trains variants of kind {kind.name}; of this recipe it would take {own}"
         )
     return found
 
@@ -379,11 +385,11 @@ def _stage(
     overrides: list[str] | None,
     variant: str | None,
     dry_run: bool,
-    kinds: tuple[str, ...],
-    job: Callable[[Any, RunContext], None],
+    kind: type[M],
+    job: Callable[[M, RunContext], None],
 ) -> None:
     recipe = _load(path, overrides)
-    methods = _methods_of_kind(recipe, variant, kinds)
+    methods = _methods_of(recipe, variant, kind)
     context = _prepare(recipe, methods, dry_run)
     if context is None:
         return

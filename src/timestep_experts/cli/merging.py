@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from timestep_experts.evaluation.merges import MergeLosses
     from timestep_experts.intervals import Interval
+    from timestep_experts.weights.search_methods import SearchSettings
 
 Experts = Annotated[
     list[Path] | None, typer.Option("--expert", help="A fine-tuned copy of the base; give one per expert.")
@@ -139,6 +140,7 @@ def search(
         grid=grid,
         budget=budget,
     )
+    assert settings is not None  # there is a method
     named = {} if groups is None else read_groups(groups)
     cut = None if boundaries is None else numbers(boundaries, "--boundaries")
     inputs = SearchInputs(tuple(expert or ()), named, cut)
@@ -292,7 +294,7 @@ _MEANT_FOR: dict[str | None, tuple[str, ...]] = {
 }
 
 
-def _search_settings(method: str | None, **given: float | str | None) -> Any:
+def _search_settings(method: str | None, **given: float | str | None) -> SearchSettings | None:
     """Settings of a search; ``None`` without a method. An option that has no meaning for the method is an error."""
     from timestep_experts.merging import QuadraticSettings
     from timestep_experts.weights.search_methods import SearchSettings, make_search_settings

@@ -7,12 +7,15 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from timestep_experts.errors import UserError
+
+if TYPE_CHECKING:
+    from timestep_experts.config import Recipe
 
 MOST_SEED = 2**53
 RecipePath = Annotated[Path, typer.Argument(help="A recipe YAML; see the folder recipes/.", metavar="RECIPE")]
@@ -54,7 +57,7 @@ def numbers(text: str, option: str, count: int | None = None) -> tuple[float, ..
     return found
 
 
-def load_recipe(path: Path, overrides: list[str] | None) -> Any:
+def load_recipe(path: Path, overrides: list[str] | None) -> Recipe:
     """The recipe with its overrides.
 
     Raises:

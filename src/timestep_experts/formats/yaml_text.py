@@ -58,7 +58,7 @@ def read_yaml(path: Path) -> Any:
     return parse_yaml(text, str(path))
 
 
-def yaml_text(value: Any) -> str:
+def yaml_text(value: object) -> str:
     """A document in block style, keys in their own order."""
     writer = YAML(typ="safe", pure=True)
     writer.default_flow_style = False

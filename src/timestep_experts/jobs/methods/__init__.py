@@ -12,6 +12,7 @@ from timestep_experts.jobs.methods.base import BaseCandidate
 from timestep_experts.jobs.methods.decoupling import Decoupling
 from timestep_experts.jobs.methods.distilling import Distilling
 from timestep_experts.jobs.methods.fostering import Fostering
+from timestep_experts.jobs.methods.low_rank import LowRankMethod
 from timestep_experts.jobs.methods.protocol import Candidate, Costs, Method
 from timestep_experts.jobs.paths import RunPaths
 
@@ -22,6 +23,7 @@ __all__ = [
     "Decoupling",
     "Distilling",
     "Fostering",
+    "LowRankMethod",
     "Method",
     "method_of",
     "methods_of",

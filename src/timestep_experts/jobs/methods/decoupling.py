@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -58,6 +58,7 @@ from timestep_experts.training.loop import is_finished
 class Decoupling:
     """See `Method`."""
 
+    name: ClassVar[str] = "decouple"
     recipe: Recipe
     variant: Variant
     config: DecoupleConfig

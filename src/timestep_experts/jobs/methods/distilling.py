@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -34,6 +34,7 @@ from timestep_experts.training.loop import load_result
 class Distilling(LowRankMethod):
     """See `Method`."""
 
+    name: ClassVar[str] = "distill"
     config: DistillConfig
 
     def train_experts(self, context: RunContext) -> None:

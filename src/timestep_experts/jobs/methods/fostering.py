@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from timestep_experts.build import (
     RunContext,
@@ -39,6 +39,7 @@ from timestep_experts.training.stage import Stage, Trainable
 class Fostering(LowRankMethod):
     """See `Method`."""
 
+    name: ClassVar[str] = "foster"
     config: FosterConfig
 
     def train_experts(self, context: RunContext) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from timestep_experts.build import RunContext, build_spec, build_targets, require_sensible_ranks
 from timestep_experts.config import AssembleConfig, DistillConfig, FosterConfig, Recipe, Variant
@@ -147,6 +147,7 @@ def _attached(family: Family, bundle: Path, mode: Mode) -> Iterator[Mixture]:
 class LowRankMethod(ABC):
     """Low-rank experts are trained, then their routers where there are some, and what comes of it is merged."""
 
+    name: ClassVar[str] = "foster or distill"
     recipe: Recipe
     variant: Variant
     config: FosterConfig | DistillConfig
@@ -218,6 +219,10 @@ class LowRankMethod(ABC):
     def stages(self) -> dict[Path, dict[str, Any]]:
         """See `Method`."""
         return {self.paths.stage(name): self.deciding(name) for name in self._stage_names}
+
+    @abstractmethod
+    def notes(self) -> list[str]:
+        """See `Method`."""
 
     @abstractmethod
     def plan(self, *, with_memory: bool = False) -> list[StagePlan]:
