@@ -211,6 +211,17 @@ def test_small_timesteps_at_the_end_of_a_run_are_timesteps() -> None:
         denoiser(torch.ones(2, 4), torch.tensor([t]))
 
 
+@pytest.mark.parametrize("told", [TimestepInput(scale=-1000, offset=1000), TimestepInput(scale=1000)])
+def test_announced_shares_may_mean_small_timesteps(told: TimestepInput) -> None:
+    denoiser = Told()
+    mixture = Mixture.attach(denoiser, SPEC, ["to_q"], timestep=told)
+    mixture.mode = "switch"
+    for t in (0.5, 0.25, 0.75):
+        denoiser(torch.ones(2, 4), torch.tensor([told.value_of(t)], dtype=torch.double))
+        assert mixture.timesteps is not None
+        assert mixture.timesteps[0].item() == pytest.approx(t, abs=1e-3)
+
+
 def test_flux_is_called_as_its_pipeline_calls_it() -> None:
     pipeline = flux()
     given: list[float] = []

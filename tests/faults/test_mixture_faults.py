@@ -57,6 +57,15 @@ def test_pattern_that_matches_nothing_is_named_with_the_closest(unet, pattern, c
         assert match_targets(unet, [name])
 
 
+def test_only_layers_that_are_like_the_pattern_are_proposed(unet):
+    with pytest.raises(ValueError, match="match no layer") as refusal:
+        Mixture.attach(unet, SPEC, ["to_k", "time_embed_proj"])
+    assert "to_q" not in str(refusal.value)
+    with pytest.raises(ValueError, match="match no layer") as refusal:
+        Mixture.attach(unet, SPEC, ["to_k", "xyzzy"])  # like none: then any are better than none
+    assert len(str(refusal.value).split("the closest are: ")[1].split(", ")) == 5
+
+
 def test_pattern_that_matches_no_layer_that_can_carry_experts_is_told_apart(unet):
     refuse_attaching(unet, ["to_q", "to_out"], r"attn1\.to_out: a ModuleList cannot carry experts; allowed are linear")
 
