@@ -13,6 +13,8 @@ from tiny import seeded
 from torch import Tensor
 
 from conftest import tiny_autoencoder
+from timestep_experts.errors import UserError
+from timestep_experts.inference import SampleSettings, sample
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale
 from timestep_experts.models import Family, Samples, load_family
@@ -88,3 +90,12 @@ def test_experts_of_a_new_family_learn_at_their_own_timesteps_alone(family: Fami
     for stack in mixture.stacks("n2"):
         assert stack.B.grad[0].abs().max() > 0
         assert stack.B.grad[1].abs().max() == 0
+
+
+def test_pictures_of_numbered_classes_are_generated() -> None:
+    settings = SampleSettings(None, 2, 1.0, (16, 16), 2, 0)
+    pictures = sample(DiT(tiny_dit()).pipeline(), ["1", "2", "1"], settings, progress=None)
+    assert pictures.shape[0] == 3
+    assert (pictures[0] != pictures[1]).any()
+    with pytest.raises(UserError, match=r"prompts must be their numbers; got \['a star'\]"):
+        sample(DiT(tiny_dit()).pipeline(), ["a star"], settings, progress=None)

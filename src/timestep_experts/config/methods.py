@@ -20,6 +20,7 @@ from timestep_experts.config.sections import (
     WholeNumber,
 )
 from timestep_experts.errors import UserError
+from timestep_experts.mixture.router import GateGranularity, RouterInput
 
 
 def _once_each(modes: tuple[str, ...]) -> tuple[str, ...]:
@@ -85,8 +86,8 @@ class ExpertsConfig(Strict):
     scales: tuple[ScaleConfig, ...] = Field(min_length=1)
     dropout: Share = Field(0.0, description="of what experts see while they train")
     text_dropout: Share | None = Field(None, description="the same on text encoders; null: dropout")
-    router_input: Literal["z_and_t", "z", "t"] = "z_and_t"
-    gate: Literal["sample", "token"] = "sample"
+    router_input: RouterInput = "z_and_t"
+    gate: GateGranularity = "sample"
     router_knots: Knots | None = Field(None, description="null: the paper's table over every t")
 
 

@@ -23,7 +23,7 @@ from timestep_experts.formats.atomic import atomic_path, write_json, write_tenso
 from timestep_experts.formats.checkpoints import read_shapes
 from timestep_experts.formats.sampling import SamplingDefaults, sampling_of_version_1
 from timestep_experts.formats.sealed import SEAL, hash_tensors
-from timestep_experts.mixture import MixtureSpec, Mode
+from timestep_experts.mixture import MixtureSpec, Mode, Router
 
 FORMAT = "timestep-experts/bundle"
 FORMAT_VERSION = 2
@@ -140,16 +140,15 @@ def _check_shapes(document: BundleDocument, shapes: Mapping[str, tuple[int, ...]
         UserError: a tensor is missing, unexpected, or of another shape.
     """
     spec = document.mixture
-    num_gated, rows = len(spec.gated_scales), spec.router_knots or spec.num_train_timesteps
+    num_gated = len(spec.gated_scales)
+    router = Router.shapes(num_gated, spec.num_train_timesteps, spec.router_input, spec.router_knots)
     wanted: dict[str, tuple[int | None, ...]] = {}
     for path in document.target_modules:
         for scale in spec.scales:
             wanted[f"{path}.experts.{scale.name}.A"] = (None, scale.rank, None)
             wanted[f"{path}.experts.{scale.name}.B"] = (None, None, None)
-        if num_gated and spec.router_input != "t":
-            wanted |= {f"{path}.router.F": (num_gated, None), f"{path}.router.bias": (num_gated,)}
-        if num_gated and spec.router_input != "z":
-            wanted[f"{path}.router.E"] = (rows, num_gated)
+        if num_gated:
+            wanted |= {f"{path}.router.{name}": shape for name, shape in router.items()}
     problems = [f"missing: {name}" for name in sorted(wanted.keys() - shapes.keys())]
     problems += [f"unexpected: {name}" for name in sorted(shapes.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & shapes.keys()):

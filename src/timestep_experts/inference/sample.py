@@ -79,7 +79,8 @@ def sample(
 
     Args:
         pipeline: a diffusers text-to-image or text-to-video pipeline, with or without experts; its scheduler is put
-            back afterwards. One that takes no prompts (DDPM) generates as many pictures, of its own size.
+            back afterwards. One that takes no prompts generates as many pictures of its own size: of the classes that
+            the prompts number (DiT), or of anything (DDPM).
         prompts: N of them.
         settings: see `SampleSettings`.
         progress: title of the progress bar, ``None`` for no bar.
@@ -96,7 +97,6 @@ def sample(
         require_steps(scheduler, settings.num_inference_steps)
     pipeline.scheduler = scheduler
     options = {**sampling_options_of(pipeline), **settings.call_options}
-    takes_prompts = "prompt" in inspect.signature(pipeline.__call__).parameters
     unit = "picture" if settings.num_frames is None else "clip"
     generated = []
     try:
@@ -105,11 +105,7 @@ def sample(
                 batch = list(prompts[start : start + settings.batch_size])
                 seeds = range(settings.seed + start, settings.seed + start + len(batch))
                 generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-                if takes_prompts:
-                    output = pipeline(prompt=batch, generator=generators, output_type="np", **options)
-                else:
-                    steps = settings.num_inference_steps
-                    output = pipeline(len(batch), generators, num_inference_steps=steps, output_type="np")
+                output = _call(pipeline, batch, {**options, "generator": generators, "output_type": "np"})
                 signal = np.asarray(output.images if settings.num_frames is None else output.frames)
                 _require_finite(signal, batch, pipeline)
                 generated.append((signal * 255).round().astype(np.uint8))
@@ -117,6 +113,22 @@ def sample(
     finally:
         pipeline.scheduler = before
     return np.concatenate(generated) if generated else np.zeros((0, *settings.size, 3), np.uint8)
+
+
+def _call(pipeline: Any, prompts: list[str], options: dict[str, Any]) -> Any:
+    """Call a pipeline by its own names for things."""
+    accepted = inspect.signature(pipeline.__call__).parameters
+    if "num_frames" not in accepted and "video_length" in accepted and "num_frames" in options:
+        options = {**options, "video_length": options["num_frames"]}
+    if "prompt" in accepted:
+        return pipeline(prompt=prompts, **{n: v for n, v in options.items() if n != "num_frames" or n in accepted})
+    if "class_labels" in accepted and not all(prompt.isdecimal() for prompt in prompts):
+        raise UserError(
+            f"a {type(pipeline).__name__} generates classes, so prompts must be their numbers; got {prompts}"
+        )
+    wanted = {"class_labels": [int(prompt) for prompt in prompts]} if "class_labels" in accepted else {}
+    count = {} if wanted else {"batch_size": len(prompts)}
+    return pipeline(**wanted, **count, **{name: value for name, value in options.items() if name in accepted})
 
 
 def _require_finite(signal: NDArray[np.float32], prompts: Sequence[str], pipeline: Any) -> None:

@@ -107,9 +107,7 @@ class _DeadScaleWatch:
         if self.is_done or self.layer.state.mode != "route" or router is None:
             return
         self.is_done = True
-        gates = [part[..., self.index] for part in (router.E, router.bias) if part is not None]
-        gates += [] if router.F is None else [router.F[self.index]]
-        if not any(bool(values.any()) for values in (gradient, self.up, *gates)):
+        if not any(bool(values.any()) for values in (gradient, self.up, *router.makers_of(self.index))):
             warnings.warn(
                 f"the experts of context {self.name!r} cannot learn: they and their gates are 0, so neither gets a"
                 f" gradient. Foster them first (mixture.foster({self.name!r})), or give the scale a base_gate",

@@ -70,8 +70,8 @@ class MixtureParameters:
         """The routers' parameters on some of the networks, or on all: those of F (weights and biases), and tables E."""
         layers = [layer for name in network_names or self.networks for layer in self.layers_of(name)]
         routers = [layer.router for layer in layers if layer.router is not None]
-        maps = [p for router in routers for p in (router.F, router.bias) if p is not None]
-        return maps, [router.E for router in routers if router.E is not None]
+        maps = [parameter for router in routers for parameter in router.maps]
+        return maps, [table for router in routers for table in router.tables]
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of all experts and routers, layer by layer."""

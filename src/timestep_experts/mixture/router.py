@@ -86,6 +86,30 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_gated)) if inputs != "t" else None
         self.E = nn.Parameter(torch.zeros(rows, num_gated)) if inputs != "z" else None
 
+    @staticmethod
+    def shapes(
+        num_gated: int, num_train_timesteps: int, inputs: RouterInput, num_knots: int | None
+    ) -> dict[str, tuple[int | None, ...]]:
+        """The shapes of a router's tensors by name, without making one; ``None`` stands for k."""
+        rows = num_train_timesteps if num_knots is None else num_knots
+        maps: dict[str, tuple[int | None, ...]] = {"F": (num_gated, None), "bias": (num_gated,)}
+        return {**(maps if inputs != "t" else {}), **({"E": (rows, num_gated)} if inputs != "z" else {})}
+
+    @property
+    def tables(self) -> list[nn.Parameter]:
+        """E, whose rows are met by few samples each."""
+        return [] if self.E is None else [self.E]
+
+    @property
+    def maps(self) -> list[nn.Parameter]:
+        """All parameters that are no tables."""
+        return [parameter for parameter in self.parameters() if parameter is not self.E]
+
+    def makers_of(self, gate: int) -> list[Tensor]:
+        """Whatever of the parameters makes one of the gates."""
+        rows = [part[gate] for part in (self.F, self.bias) if part is not None]
+        return rows if self.E is None else [*rows, self.E[:, gate]]
+
     @property
     def needs_pooled_input(self) -> bool:
         """Whether z must be averaged over positions before it comes here."""
