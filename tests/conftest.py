@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from timestep_experts.mixture import Mixture, MixtureSpec, PlainKernels, Scale
 from timestep_experts.mixture import mixture as attaching
 from timestep_experts.mixture.fast import FastKernels
 from timestep_experts.models import StableDiffusion
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: threads of their own would only be in each other's way
+    torch.set_num_threads(1)
 
 settings.register_profile("laws", derandomize=True, deadline=None, max_examples=25, database=None)
 settings.load_profile("laws")

@@ -23,7 +23,7 @@ from timestep_experts.formats.atomic import atomic_path
 from timestep_experts.formats.bundle import BundleDocument
 from timestep_experts.inference import attach, detach
 from timestep_experts.intervals import Partition
-from timestep_experts.mixture import Mixture, MixtureSpec, Scale
+from timestep_experts.mixture import Mixture, MixtureSpec, RouterForm, Scale
 
 TARGETS = ("to_q", "conv1")
 SPEC = MixtureSpec(
@@ -31,8 +31,7 @@ SPEC = MixtureSpec(
         Scale("fine", Partition((0, 125.5, 400, 1000)), rank=2, alpha=3),
         Scale("coarse", Partition.uniform(1), rank=4, alpha=0.5, gated=True, base_gate=1.0),
     ),
-    router_input="t",
-    router_knots=5,
+    RouterForm(inputs="t", knots=5),
     dropout=0.25,
 )
 
@@ -75,7 +74,7 @@ def assert_equal(one: Bundle, other: Bundle) -> None:
     [
         SPEC,
         MixtureSpec(scales(8)),
-        MixtureSpec(scales(4, 2, 1, base_gate=0.5), router_input="z"),
+        MixtureSpec(scales(4, 2, 1, base_gate=0.5), RouterForm(inputs="z")),
         MixtureSpec((Scale("a-b_1", Partition((0, 1 / 3, 1000)), 1, 1e-3),)),
     ],
     ids=["smooth", "core only", "two contexts", "odd numbers"],
@@ -91,7 +90,7 @@ def test_a_bundle_comes_back_as_it_was(spec: MixtureSpec, tmp_path: Path) -> Non
 
 
 def test_a_gate_per_token_comes_back(tmp_path: Path) -> None:
-    made = bundle_of(tiny_unet(), replace(SPEC, gate="token"), ("to_q",))
+    made = bundle_of(tiny_unet(), replace(SPEC, router=RouterForm(positions="token")), ("to_q",))
     save_bundle(made, tmp_path / "bundle")
     assert load_bundle(tmp_path / "bundle").spec == made.spec
 
@@ -185,7 +184,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
         pytest.param(lambda d: d.update(mode="banana"), id="unknown mode"),
         pytest.param(lambda d: d.update(target_modules=None), id="no modules"),
         pytest.param(lambda d: d.update(mixture=[]), id="no mixture"),
-        pytest.param(lambda d: d["mixture"].update(gate="both"), id="unknown gate"),
+        pytest.param(lambda d: d["mixture"]["router"].update(gates="both"), id="unknown gate"),
         pytest.param(lambda d: d["mixture"].update(scales=[]), id="no scale"),
         pytest.param(lambda d: d["mixture"]["scales"][0].update(rank=0), id="rank 0"),
         pytest.param(lambda d: d["mixture"]["scales"][0]["partition"].update(boundaries=[0, 5, 2]), id="boundaries"),
@@ -226,9 +225,40 @@ def test_damaged_tensors_are_refused(damage: Callable[[Path], None], made: Bundl
 
 def test_a_newer_format_is_refused_with_both_versions(made: Bundle, tmp_path: Path) -> None:
     save_bundle(made, tmp_path / "bundle")
-    edit(tmp_path / "bundle", lambda document: document.update(format_version=3))
-    with pytest.raises(ValueError, match="has format version 3; this release reads up to 2"):
+    edit(tmp_path / "bundle", lambda document: document.update(format_version=4))
+    with pytest.raises(ValueError, match="has format version 4; this release reads up to 3"):
         load_bundle(tmp_path / "bundle")
+
+
+def routers_as_before(document: dict[str, Any]) -> dict[str, Any]:
+    """The keys that said what routers are up to version 2."""
+    router = document["mixture"].pop("router")
+    return {"router_input": router["inputs"], "gate": router["positions"], "router_knots": router["knots"]}
+
+
+def test_the_second_format_is_lifted(made: Bundle, tmp_path: Path) -> None:
+    save_bundle(made, tmp_path / "bundle")
+
+    def write_as_before(document: dict[str, Any]) -> None:
+        document.update(format_version=2)
+        document["mixture"].update(routers_as_before(document))
+
+    edit(tmp_path / "bundle", write_as_before)
+    assert_equal(load_bundle(tmp_path / "bundle"), made)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        RouterForm("rank", "z_and_t", "latent_rms", knots=(0.0, 10.5, 1000.0), unit_rms=True),
+        RouterForm("rank", "t", intervals=Partition((0, 125.5, 1000))),
+    ],
+    ids=["knots", "intervals"],
+)
+def test_every_form_of_router_comes_back(form: RouterForm, tmp_path: Path) -> None:
+    made = bundle_of(tiny_unet(), replace(SPEC, router=form))
+    save_bundle(made, tmp_path / "bundle")
+    assert_equal(load_bundle(tmp_path / "bundle"), made)
 
 
 def test_the_first_format_is_lifted(made: Bundle, tmp_path: Path) -> None:
@@ -240,6 +270,7 @@ def test_the_first_format_is_lifted(made: Bundle, tmp_path: Path) -> None:
     def write_as_before(document: dict[str, Any]) -> None:
         document.update(format_version=1, provenance={"recipe": recipe, "sampling": generator})
         del document["sampling"]
+        document["mixture"].update(routers_as_before(document))
         for scale in document["mixture"]["scales"]:
             scale["resting_gate"] = scale.pop("base_gate")
 

@@ -466,7 +466,7 @@ def test_assembling_before_fostering_is_refused(base: Path, finished: Run, tmp_p
 
 
 def test_assembling_a_variant_of_one_scale_is_refused_when_asked_for(copied: Run) -> None:
-    assert "nothing to assemble" in refused("assemble", copied.recipe, "--variant", "lora")
+    assert "no routers to train" in refused("assemble", copied.recipe, "--variant", "lora")
 
 
 def test_evaluating_before_training_is_refused_at_once(base: Path, finished: Run, tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def with_scales(*scales: dict[str, Any]) -> dict[str, Any]:
 def test_defaults_are_those_of_the_docs(tmp_path: Path) -> None:
     recipe = load(tmp_path)
     assert (recipe.resolution, recipe.seed, recipe.device) == ((512, 512), 0, "auto")
-    assert recipe.method.modes == ("switch", "route")
+    assert recipe.method.modes is None
+    assert recipe.method.experts.router.model_dump(exclude_unset=True) == {}
     assert recipe.method.experts.target_modules == ("to_q", "to_k", "to_v", "to_out.0")
     assert recipe.method.schedule == "joint"
     assert recipe.method.assemble is not None
@@ -127,7 +128,7 @@ def test_every_shipped_recipe_parses_with_all_its_variants(path: Path) -> None:
         if isinstance(method, DecoupleConfig):
             build_decouple_settings(recipe, method, 1000)
             continue
-        spec = build_spec(method.experts, 1000)
+        spec = build_spec(method, 1000)
         if isinstance(method, FosterConfig):
             build_foster_settings(recipe, method, ())
         else:
@@ -397,33 +398,29 @@ def test_a_list_of_wrong_length_fails_before_anything_starts(
 @pytest.mark.parametrize("boundaries", [[0, 500], [0, 500, 999], [0, 2000], [1, 1000], [0, 600, 500, 1000], [0], []])
 def test_boundaries_that_do_not_ascend_from_0_to_t_are_refused(boundaries: list[float], tmp_path: Path) -> None:
     def build() -> None:
-        build_spec(load(tmp_path, with_scales({"boundaries": boundaries})).method.experts, 1000)
+        build_spec(load(tmp_path, with_scales({"boundaries": boundaries})).method, 1000)
 
     with pytest.raises(ValueError, match="boundaries"):
         build()
 
 
 def test_boundaries_end_at_the_timesteps_of_the_base(tmp_path: Path) -> None:
-    experts = load(tmp_path, with_scales({"boundaries": [0, 100.5, 500]})).method.experts
-    assert build_spec(experts, 500).scales[0].partition.boundaries == (0, 100.5, 500)
+    method = load(tmp_path, with_scales({"boundaries": [0, 100.5, 500]})).method
+    assert build_spec(method, 500).scales[0].partition.boundaries == (0, 100.5, 500)
     with pytest.raises(ValueError, match="boundaries of n2 end at 500; this base model has 1000 timesteps"):
-        build_spec(experts, 1000)
+        build_spec(method, 1000)
 
 
 def test_two_scales_of_one_name_are_refused(tmp_path: Path) -> None:
-    experts = load(tmp_path, with_scales({"intervals": 2}, {"boundaries": [0, 100, 1000]})).method.experts
+    method = load(tmp_path, with_scales({"intervals": 2}, {"boundaries": [0, 100, 1000]})).method
     with pytest.raises(ValueError, match="unique scale names"):
-        build_spec(experts, 1000)
-    experts = load(
-        tmp_path, with_scales({"intervals": 2}, {"boundaries": [0, 100, 1000], "name": "late"})
-    ).method.experts
-    assert [scale.name for scale in build_spec(experts, 1000).scales] == ["n2", "late"]
+        build_spec(method, 1000)
+    method = load(tmp_path, with_scales({"intervals": 2}, {"boundaries": [0, 100, 1000], "name": "late"})).method
+    assert [scale.name for scale in build_spec(method, 1000).scales] == ["n2", "late"]
 
 
 def test_roles_are_the_finest_scale_or_as_they_are_given(tmp_path: Path) -> None:
-    auto = build_spec(
-        load(tmp_path, with_scales({"intervals": 1}, {"intervals": 4}, {"intervals": 2})).method.experts, 1000
-    )
+    auto = build_spec(load(tmp_path, with_scales({"intervals": 1}, {"intervals": 4}, {"intervals": 2})).method, 1000)
     assert [scale.gated for scale in auto.scales] == [True, False, True]
     own = with_scales({"intervals": 1, "role": "core"}, {"intervals": 4, "role": "context"})
-    assert [scale.gated for scale in build_spec(load(tmp_path, own).method.experts, 1000).scales] == [False, True]
+    assert [scale.gated for scale in build_spec(load(tmp_path, own).method, 1000).scales] == [False, True]

@@ -24,7 +24,7 @@ from timestep_experts.evaluation import (
 from timestep_experts.evaluation.fidelity import to_judge_input
 from timestep_experts.evaluation.loss import evaluation_batches
 from timestep_experts.intervals import Interval, Partition
-from timestep_experts.mixture import Mixture, MixtureSpec
+from timestep_experts.mixture import Mixture, MixtureSpec, RouterForm
 from timestep_experts.models import Conditioning, StableDiffusion
 from timestep_experts.world.render import DOMAINS, render
 from timestep_experts.world.scenes import draw_scenes
@@ -302,7 +302,7 @@ def test_constant_routers_give_constant_gates(
     gate: str, resting: float, family: StableDiffusion, pictures: EncodedDataset
 ) -> None:
     targets = ("to_q",) if gate == "token" else TARGETS
-    spec = MixtureSpec(scales(4, 2, 1, base_gate=resting), gate=gate)
+    spec = MixtureSpec(scales(4, 2, 1, base_gate=resting), RouterForm(positions=gate))
     mixture = Mixture.attach(family.denoiser, spec, targets)
     for index, bias in enumerate(routers(mixture, "bias")):
         bias.copy_(torch.tensor([0.25, -0.5]) * (index + 1))
@@ -319,7 +319,7 @@ def test_constant_routers_give_constant_gates(
 
 
 def test_gates_follow_the_table_over_t(family: StableDiffusion, pictures: EncodedDataset) -> None:
-    mixture = attach(family, 0.0, router_input="t")
+    mixture = attach(family, 0.0, router=RouterForm(inputs="t"))
     for table in routers(mixture, "E"):
         table.copy_(torch.arange(1000)[:, None] * torch.tensor([1e-3, -2e-3]))
     settings = replace(SETTINGS, batch_size=6)

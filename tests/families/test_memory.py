@@ -21,7 +21,7 @@ from timestep_experts.jobs.plan import Memory, planned_device
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale
 from timestep_experts.models import load_family, read_meta_model
 from timestep_experts.models.video_crafter import fold_fps
-from timestep_experts.training import AssembleSettings, FosterSettings, assemble, foster
+from timestep_experts.training import AssembleSettings, FosterSettings, RouterRates, assemble, foster
 from timestep_experts.training.batches import Batch
 from timestep_experts.training.memory import (
     PeakMeter,
@@ -81,7 +81,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
 
 def make_stage(mixture: Mixture, *, is_second: bool = False) -> Stage:
     if is_second:
-        return assemble(mixture, AssembleSettings(1e-4, 1e-4, 1, 4, 0.0, 0))
+        return assemble(mixture, AssembleSettings(RouterRates(1e-4, 1e-4), 1, 4, 0.0, 0))
     numbers = {scale.name: [1] * len(scale.partition) for scale in SPEC.scales}
     return foster(mixture, FosterSettings("joint", 2, numbers, numbers, 0.0, 0))[0]
 

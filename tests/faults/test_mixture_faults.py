@@ -10,7 +10,7 @@ from torch import nn
 
 from conftest import TARGETS, OneLayer, attach_to_layer, normal, randomise, scales, unet_inputs
 from timestep_experts.intervals import Partition
-from timestep_experts.mixture import Mixture, MixtureSpec, Router, Scale, match_targets
+from timestep_experts.mixture import Mixture, MixtureSpec, RouterForm, Scale, match_targets
 
 SPEC = MixtureSpec(scales(8, 1))
 
@@ -154,7 +154,7 @@ def test_dropout_must_leave_something(dropout):
 
 def test_smooth_table_needs_two_knots():
     with pytest.raises(ValueError, match="at least 2 knots; got 1"):
-        Router(6, 1, 1000, num_knots=1)
+        RouterForm(knots=1)
 
 
 # Use

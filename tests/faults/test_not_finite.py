@@ -23,6 +23,7 @@ from timestep_experts.training import (
     FosterSettings,
     LoopSettings,
     OptimiserSettings,
+    RouterRates,
     assemble,
     foster,
 )
@@ -95,7 +96,7 @@ def test_a_router_that_diverges_is_named(
     family: StableDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mixture = Mixture.attach(family.denoiser, MixtureSpec(scales(4, 1, rank=2)), ["to_q"])
-    stage = assemble(mixture, AssembleSettings(1e-3, 1e-2, STEPS, 4, 0.1, 5))
+    stage = assemble(mixture, AssembleSettings(RouterRates(1e-3, 1e-2), STEPS, 4, 0.1, 5))
     break_denoiser(family, 2, 0, 1001, float("nan"), monkeypatch)
     with pytest.raises(ValueError, match=r"stage 'assemble' stopped(.*\n)+.* of router.F, router.E, since step 2"):
         train(stage, mixture, family, tmp_path, checkpointing_steps=None)

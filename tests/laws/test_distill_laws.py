@@ -28,7 +28,7 @@ from timestep_experts.objectives import (
     matching_gradient,
     matching_loss,
 )
-from timestep_experts.training import AssembleSettings, LoopSettings, OptimiserSettings
+from timestep_experts.training import AssembleSettings, LoopSettings, OptimiserSettings, RouterRates
 from timestep_experts.training.discriminator import DiscriminatorHead, middle_features, middle_shape
 from timestep_experts.training.distill import (
     DistillSettings,
@@ -309,7 +309,7 @@ def test_micro_batches_add_up(family: StableDiffusion, mixture: Mixture) -> None
 def test_checkpointing_and_autocast_leave_the_gradients(kind: str, mixture: Mixture, family: StableDiffusion) -> None:
     shake(mixture)
     own = settings(gan_steps=2, guidance_scale=1.0, phases={"": phase(2, Adversary(0.5, 0.5))})
-    router = AssembleSettings(1e-2, 0.5, 2, 4, caption_dropout=0, seed=5)
+    router = AssembleSettings(RouterRates(1e-2, 0.5), 2, 4, caption_dropout=0, seed=5)
     pictures, found = random_pictures(6, family), []
     for precision, is_checkpointed in (("no", False), ("no", True), ("bf16", False)):
         if is_checkpointed:
@@ -368,7 +368,10 @@ def test_routers_are_distilled_over_frozen_experts(family: StableDiffusion, mixt
     zero_routers(mixture)  # as they begin; a weight decays in rows that no sample hits, too
     before = experts(mixture)
     made = distill_router(
-        mixture, family, settings(gan_steps=2), AssembleSettings(1e-2, 0.5, 2, 4, caption_dropout=0, seed=5)
+        mixture,
+        family,
+        settings(gan_steps=2),
+        AssembleSettings(RouterRates(1e-2, 0.5), 2, 4, caption_dropout=0, seed=5),
     )
     run(made, family, tmp_path)
     after = experts(mixture)

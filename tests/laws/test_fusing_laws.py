@@ -33,7 +33,7 @@ from conftest import (
 from timestep_experts.formats import Bundle
 from timestep_experts.inference import Reencoder, attach, detach
 from timestep_experts.intervals import Partition
-from timestep_experts.mixture import Mixture, MixtureSpec, Scale, fuse, is_fused, unfuse
+from timestep_experts.mixture import Mixture, MixtureSpec, RouterForm, Scale, fuse, is_fused, unfuse
 from timestep_experts.mixture.fast import fusing
 from timestep_experts.mixture.fast.fusing import holds_experts
 from timestep_experts.models import Wan
@@ -333,7 +333,8 @@ def test_off_is_the_base_to_the_bit(unet):
 @pytest.mark.parametrize("t", [640, torch.tensor([640, 630, 625]), torch.tensor([999, 3, 640])])
 def test_routing_with_the_core_in_the_weights_says_the_same(unet, gate, base_gate, t):
     targets = TARGETS if gate == "sample" else ["to_q", "to_v"]
-    mixture = randomise(Mixture.attach(unet, MixtureSpec(scales(8, 3, 1, base_gate=base_gate), gate=gate), targets))
+    spec = MixtureSpec(scales(8, 3, 1, base_gate=base_gate), RouterForm(positions=gate))
+    mixture = randomise(Mixture.attach(unet, spec, targets))
     mixture.mode = "route"
     weights = bytes_of(unet)
     beside = predict(unet, t)

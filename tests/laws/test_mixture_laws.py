@@ -31,7 +31,7 @@ from conftest import (
     zero_routers,
 )
 from timestep_experts.intervals import Partition
-from timestep_experts.mixture import MODES, Mixture, MixtureSpec, Scale, asymmetric, match_targets
+from timestep_experts.mixture import MODES, Mixture, MixtureSpec, RouterForm, Scale, asymmetric, match_targets
 from timestep_experts.mixture.fast import FastKernels, Tricks
 from timestep_experts.mixture.fast.products import MAX_TERMS
 from timestep_experts.mixture.hooks import layers_in
@@ -175,13 +175,13 @@ def test_mode_off_changes_no_bit_with_any_experts(unet):
     assert torch.equal(predict(unet, MIXED_T), expected)
 
 
-@pytest.mark.parametrize("options", [{}, {"gate": "token"}, {"router_knots": 9}, {"router_input": "t"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"positions": "token"}, {"knots": 9}, {"inputs": "t"}], ids=str)
 @pytest.mark.parametrize("base_gate", [0, 1])
 @pytest.mark.parametrize("numbers", [(8, 1), (4, 8), (8, 4, 1)], ids=str)
 def test_zero_router_routes_like_switching(unet, numbers, base_gate, options):
     base = predict(unet, MIXED_T)
-    targets = SAME_SIZE_TARGETS if "gate" in options else TARGETS
-    spec = MixtureSpec(scales(*numbers, base_gate=base_gate), **options)
+    targets = SAME_SIZE_TARGETS if "positions" in options else TARGETS
+    spec = MixtureSpec(scales(*numbers, base_gate=base_gate), RouterForm(**options))
     mixture = zero_routers(randomise(Mixture.attach(unet, spec, targets)))
     mixture.mode = "switch"
     switched = predict(unet, MIXED_T)
@@ -237,7 +237,9 @@ def test_mixed_batch_equals_one_sample_at_a_time(unet, name, mode):
 
 @pytest.mark.parametrize("gate", ["sample", "token"])
 def test_gates_of_one_sample_ignore_the_others(unet, gate):
-    mixture = randomise(Mixture.attach(unet, MixtureSpec(scales(8, 4, 1), gate=gate), SAME_SIZE_TARGETS))
+    mixture = randomise(
+        Mixture.attach(unet, MixtureSpec(scales(8, 4, 1), RouterForm(positions=gate)), SAME_SIZE_TARGETS)
+    )
     mixture.mode = "route"
     latents, text = unet_inputs(2)
     others, other_text = unet_inputs(2, seed=9)
@@ -418,18 +420,18 @@ def positions_last_to_middle(x, layer):
 
 def explicit_gates(router, z, t, spec):
     """``F z + bias + E[floor t]`` for z ``(B, N, k)``: ``(B, N, m)`` if gates are per token, else ``(B, m)``."""
-    z = z.double().numpy() if spec.gate == "token" else z.double().mean(1).numpy()
+    z = z.double().numpy() if spec.router.positions == "token" else z.double().mean(1).numpy()
     gates = np.zeros((*z.shape[:-1], len(spec.gated_scales)))
-    if spec.router_input != "t":
+    if spec.router.inputs != "t":
         gates += z @ router.F.detach().double().numpy().T + router.bias.detach().double().numpy()
-    if spec.router_input != "z":
+    if spec.router.inputs != "z":
         table = router.E.detach().double().numpy()
-        if spec.router_knots is None:
+        if spec.router.knots is None:
             timed = table[np.minimum(np.floor(t.numpy()).astype(int), len(table) - 1)]
         else:
-            knots = np.linspace(0, 1000, spec.router_knots)
+            knots = np.linspace(0, 1000, spec.router.knots)
             timed = np.stack([np.interp(t.numpy(), knots, column) for column in table.T], -1)
-        gates += timed[:, None] if spec.gate == "token" else timed
+        gates += timed[:, None] if spec.router.positions == "token" else timed
     return torch.from_numpy(gates)
 
 
@@ -439,7 +441,7 @@ def explicit_gates(router, z, t, spec):
 @pytest.mark.parametrize("kind", ROUTED_LAYERS)
 def test_route_is_base_plus_core_plus_gated_contexts(kind, router_input, gate, knots):
     make, shape = ROUTED_LAYERS[kind]
-    spec = MixtureSpec(scales(8, 4, 1, base_gate=0.5), router_input, gate, knots)
+    spec = MixtureSpec(scales(8, 4, 1, base_gate=0.5), RouterForm(inputs=router_input, positions=gate, knots=knots))
     net, mixture = attach_to_layer(make(), spec, "route")
     layer = mixture.layers["layer"]
     assert (layer.router.F is None) == (router_input == "t")
@@ -489,9 +491,9 @@ def test_layers_of_real_width_agree_with_a_loop_over_samples_in_double_precision
     assert max_error(y, expected) <= tolerance * expected.abs().max()
 
 
-@pytest.mark.parametrize("options", [{}, {"gate": "token"}, {"router_input": "t"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"positions": "token"}, {"inputs": "t"}], ids=str)
 def test_gates_are_recorded_per_sample_though_the_timestep_is_shared(options):
-    net, mixture = attach_to_layer(nn.Linear(6, 4), MixtureSpec(scales(8, 4, 1), **options), "route")
+    net, mixture = attach_to_layer(nn.Linear(6, 4), MixtureSpec(scales(8, 4, 1), RouterForm(**options)), "route")
     x = normal(3, 7, 6)
     logs = []
     for t in (torch.tensor(640.0), torch.full((3,), 640.0)):
@@ -529,7 +531,7 @@ def test_strata_cross_no_boundary_of_any_scale():
 
 @pytest.mark.parametrize("shrinking", [{"stride": 2, "padding": 1}, {"padding": 0}], ids=str)
 def test_token_gates_are_refused_where_a_convolution_changes_the_number_of_positions(shrinking):
-    spec = MixtureSpec(scales(8, 1, base_gate=1), gate="token")
+    spec = MixtureSpec(scales(8, 1, base_gate=1), router=RouterForm(positions="token"))
     with pytest.raises(ValueError, match=r"layer: a gate per position needs a layer that keeps positions"):
         attach_to_layer(nn.Conv2d(6, 4, 3, **shrinking), spec)
 
@@ -750,7 +752,7 @@ def test_autocast_stays_close_and_trains(unet):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gate", ["sample", "token"])
 def test_autocast_rounds_no_gate(gate, dtype):
-    net, mixture = attach_to_layer(nn.Linear(6, 4), MixtureSpec(scales(8, 1), gate=gate), "route")
+    net, mixture = attach_to_layer(nn.Linear(6, 4), MixtureSpec(scales(8, 1), RouterForm(positions=gate)), "route")
     x = normal(3, 7, 6).to(dtype)
     with torch.autocast("cpu", torch.bfloat16), mixture.recorded_gates() as log:
         assert net(x, MIXED_T).dtype == torch.bfloat16

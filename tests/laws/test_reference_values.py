@@ -32,6 +32,7 @@ from timestep_experts.training import (
     FosterSettings,
     LoopSettings,
     OptimiserSettings,
+    RouterRates,
     assemble,
     foster,
 )
@@ -134,7 +135,7 @@ def test_maps_and_tables_of_routers_have_their_own_rates(family: StableDiffusion
     for layer in mixture.layers.values():
         for stack in layer.experts.values():
             nn.init.normal_(stack.B, std=0.1)
-    stage = assemble(mixture, AssembleSettings(1e-3, 0.25, 1, 4, 0.0, 5))
+    stage = assemble(mixture, AssembleSettings(RouterRates(1e-3, 0.25), 1, 4, 0.0, 5))
     sign = OptimiserSettings(
         "AdamW", {"weight_decay": 0.0, "eps": 1e-30}, max_grad_norm=None
     )  # steps of the rate itself
@@ -150,7 +151,7 @@ def test_routers_of_text_encoders_may_have_their_own_rates(family: StableDiffusi
     networks = {"unet": family.denoiser, **family.text_encoders}
     targets = {"unet": ["to_q"], "text_encoder": ["q_proj"]}
     mixture = Mixture.attach(networks, MixtureSpec(scales(4, 1, rank=2)), targets)
-    settings = AssembleSettings(1e-3, 0.05, 9, 4, 0.0, 5, {"text_encoder": 0.5}, {"text_encoder": 1e-4})
+    settings = AssembleSettings(RouterRates(1e-3, 0.05, {"text_encoder": 0.5}, {"text_encoder": 1e-4}), 9, 4, 0.0, 5)
     found = {g.name: (g.learning_rate, g.weight_decay, len(g.leaves)) for g in assemble(mixture, settings).param_groups}
     unet, text = (len(mixture.layers_of(name)) for name in ("unet", "text_encoder"))
     assert found == {

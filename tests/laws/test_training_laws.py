@@ -20,6 +20,7 @@ from timestep_experts.training import (
     FosterSettings,
     LoopSettings,
     OptimiserSettings,
+    RouterRates,
     assemble,
     foster,
 )
@@ -177,7 +178,7 @@ def test_coarse_to_fine_needs_equal_ranks(family: StableDiffusion) -> None:
 
 
 def assembled(mixture: Mixture, steps: int = 3) -> Stage:
-    return assemble(mixture, AssembleSettings(0.01, 0.5, steps, 4, caption_dropout=0.1, seed=1))
+    return assemble(mixture, AssembleSettings(RouterRates(0.01, 0.5), steps, 4, caption_dropout=0.1, seed=1))
 
 
 def test_assembling_leaves_the_experts_bytes_unchanged(family: StableDiffusion, tmp_path: Path) -> None:
@@ -192,7 +193,7 @@ def test_assembling_leaves_the_experts_bytes_unchanged(family: StableDiffusion, 
 
 
 def test_assembling_without_a_context_is_refused(family: StableDiffusion) -> None:
-    with pytest.raises(ValueError, match="nothing to assemble"):
+    with pytest.raises(ValueError, match="no routers to train"):
         assembled(attach(family, 2))
 
 

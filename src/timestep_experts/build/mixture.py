@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -13,36 +14,66 @@ from timestep_experts.config import (
     FosterConfig,
     MethodConfig,
     Recipe,
+    RouterConfig,
     ScaleConfig,
 )
 from timestep_experts.errors import UserError
 from timestep_experts.intervals import Partition
-from timestep_experts.mixture import Mixture, MixtureSpec, Scale, asymmetric
+from timestep_experts.mixture import Mixture, MixtureSpec, RouterForm, Scale, asymmetric
 from timestep_experts.models import Family
 
 _MOST_RANKS = 16
 
 
-def build_spec(experts: ExpertsConfig, num_train_timesteps: int) -> MixtureSpec:
-    """The form of the mixture; base gates are 0."""
+def build_spec(method: FosterConfig | DistillConfig, num_train_timesteps: int) -> MixtureSpec:
+    """The form of the mixture.
+
+    Contexts that are fostered jointly have a base gate of 1, for experts that grew up together fit only each other. All
+    others have 0.
+    """
+    experts = method.experts
     scales = tuple(_scale(scale, num_train_timesteps) for scale in experts.scales)
     if all(scale.role == "auto" for scale in experts.scales):
-        scales = asymmetric(scales)
-    return MixtureSpec(scales, experts.router_input, experts.gate, experts.router_knots, experts.dropout)
+        per_rank = experts.router.gates == "rank"
+        scales = tuple(replace(scale, gated=True) for scale in scales) if per_rank else asymmetric(scales)
+    if isinstance(method, FosterConfig) and method.schedule == "joint":
+        scales = tuple(replace(scale, base_gate=1.0) if scale.gated else scale for scale in scales)
+    return MixtureSpec(scales, build_router_form(experts.router, num_train_timesteps), experts.dropout)
+
+
+def build_router_form(config: RouterConfig, num_train_timesteps: int) -> RouterForm:
+    """The form of the routers.
+
+    Raises:
+        UserError: their table does not fit the base's timesteps.
+    """
+    intervals = None
+    if config.intervals is not None:
+        intervals = Partition.uniform(config.intervals, num_train_timesteps)
+    elif config.boundaries is not None:
+        intervals = _partition("recipe.method.experts.router.boundaries", config.boundaries, num_train_timesteps)
+    return RouterForm(
+        config.gates, config.inputs, config.features, config.positions, config.knots, intervals, config.unit_rms
+    )
 
 
 def _scale(config: ScaleConfig, num_train_timesteps: int) -> Scale:
-    if config.boundaries is not None:
-        partition = Partition(config.boundaries)
-        if partition.num_train_timesteps != num_train_timesteps:
-            raise UserError(
-                f"recipe.method.experts.scales: the boundaries of {config.label} end at"
-                f" {partition.num_train_timesteps:g}; this base model has {num_train_timesteps} timesteps"
-            )
-    else:
+    if config.boundaries is None:
         partition = Partition.uniform(config.num_experts, num_train_timesteps)
+    else:
+        where = f"recipe.method.experts.scales: the boundaries of {config.label}"
+        partition = _partition(where, config.boundaries, num_train_timesteps)
     alpha = config.lora_alpha or config.rank
     return Scale(config.label, partition, config.rank, alpha, gated=config.role == "context")
+
+
+def _partition(where: str, boundaries: Sequence[float], num_train_timesteps: int) -> Partition:
+    partition = Partition(tuple(boundaries))
+    if partition.num_train_timesteps != num_train_timesteps:
+        raise UserError(
+            f"{where} end at {partition.num_train_timesteps:g}; this base model has {num_train_timesteps} timesteps"
+        )
+    return partition
 
 
 def build_decoupled_partition(config: DecoupleConfig, num_train_timesteps: int) -> Partition:
@@ -53,13 +84,7 @@ def build_decoupled_partition(config: DecoupleConfig, num_train_timesteps: int) 
     """
     if config.boundaries is None:
         return Partition.uniform(config.num_ranges, num_train_timesteps)
-    partition = Partition(config.boundaries)
-    if partition.num_train_timesteps != num_train_timesteps:
-        raise UserError(
-            f"recipe.method.boundaries end at {partition.num_train_timesteps:g}; this base model has"
-            f" {num_train_timesteps} timesteps"
-        )
-    return partition
+    return _partition("recipe.method.boundaries", config.boundaries, num_train_timesteps)
 
 
 def build_partition(method: MethodConfig, num_train_timesteps: int) -> Partition:
@@ -70,7 +95,7 @@ def build_partition(method: MethodConfig, num_train_timesteps: int) -> Partition
     """
     if isinstance(method, DecoupleConfig):
         return build_decoupled_partition(method, num_train_timesteps)
-    return build_spec(method.experts, num_train_timesteps).strata
+    return build_spec(method, num_train_timesteps).strata
 
 
 def build_reported_partition(recipe: Recipe, num_train_timesteps: int) -> Partition:
@@ -119,14 +144,9 @@ def require_sensible_ranks(mixture: Mixture) -> None:
 
 
 def build_mixture(recipe: Recipe, method: FosterConfig | DistillConfig, family: Family) -> Mixture:
-    """Attach a method's experts to the family's denoisers and, where it says so, to its text encoders.
-
-    Contexts that are fostered jointly have a base gate of 1: experts that grew up together fit only each other.
-    """
+    """Attach a method's experts to the family's denoisers and, where it says so, to its text encoders."""
     experts = method.experts
-    spec = build_spec(experts, family.noise.num_train_timesteps)
-    if isinstance(method, FosterConfig) and method.schedule == "joint":
-        spec = spec.with_base_gates(1.0)
+    spec = build_spec(method, family.noise.num_train_timesteps)
     networks, targets = build_targets(experts, family.denoisers, family.text_encoders)
     mixture = Mixture.attach(
         networks,

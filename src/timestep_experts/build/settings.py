@@ -31,10 +31,14 @@ from timestep_experts.training import (
     LoopSettings,
     OptimiserSettings,
     PhaseSettings,
+    RouterRates,
 )
 from timestep_experts.training.generator import SAMPLER
 
-ROUTER_RATE_RATIO = 50
+TABLE_RATE_RATIO = 50
+"""How much faster a table over every t learns than F, if the recipe does not say it."""
+JOINT_TABLE_RATE_RATIO = 5
+"""How much faster tables learn than the experts beside them, if the recipe does not say it; see ``docs/method.md``."""
 Number = TypeVar("Number", int, float)
 
 
@@ -52,6 +56,22 @@ def build_foster_settings(recipe: Recipe, method: FosterConfig, text_encoders: C
         seed=recipe.seed,
         rate_factors=dict.fromkeys(text_encoders, factor),
         weight_decays={} if decay is None else dict.fromkeys(text_encoders, decay),
+        router=_build_joint_rates(method, text_encoders),
+        ema_decay=method.ema_decay,
+    )
+
+
+def _build_joint_rates(method: FosterConfig, text_encoders: Collection[str]) -> RouterRates | None:
+    learning, decay = method.router_learning, method.text_weight_decay
+    if learning is None:
+        return None
+    return RouterRates(
+        learning.learning_rate or method.learning_rate,
+        learning.table_learning_rate or JOINT_TABLE_RATE_RATIO * method.learning_rate,
+        dict.fromkeys(text_encoders, (method.text_learning_rate or method.learning_rate) / method.learning_rate),
+        {} if decay is None else dict.fromkeys(text_encoders, decay),
+        learning.weight_decay,
+        learning.max_grad_norm,
     )
 
 
@@ -79,15 +99,18 @@ def build_assemble_settings(
 ) -> AssembleSettings:
     """Stage 2."""
     rate, decay = assemble.learning_rate, assemble.text_weight_decay
+    rates = RouterRates(
+        rate,
+        assemble.table_learning_rate or TABLE_RATE_RATIO * rate,
+        dict.fromkeys(text_encoders, (assemble.text_learning_rate or rate) / rate),
+        {} if decay is None else dict.fromkeys(text_encoders, decay),
+    )
     return AssembleSettings(
-        learning_rate=rate,
-        table_learning_rate=assemble.table_learning_rate or ROUTER_RATE_RATIO * rate,
+        rates,
         max_train_steps=assemble.max_train_steps,
         train_batch_size=assemble.train_batch_size,
         caption_dropout=recipe.data.caption_dropout,
         seed=recipe.seed,
-        rate_factors=dict.fromkeys(text_encoders, (assemble.text_learning_rate or rate) / rate),
-        weight_decays={} if decay is None else dict.fromkeys(text_encoders, decay),
     )
 
 

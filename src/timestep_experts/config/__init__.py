@@ -8,6 +8,7 @@ from timestep_experts.config.methods import (
     FosterConfig,
     GanConfig,
     MethodConfig,
+    RouterConfig,
     ScaleConfig,
 )
 from timestep_experts.config.reading import load_recipe, parse_recipe
@@ -36,6 +37,7 @@ __all__ = [
     "MethodConfig",
     "OptimizerConfig",
     "Recipe",
+    "RouterConfig",
     "ScaleConfig",
     "TrainingConfig",
     "Variant",

@@ -20,7 +20,7 @@ from timestep_experts.config.sections import (
     WholeNumber,
 )
 from timestep_experts.errors import UserError
-from timestep_experts.mixture.router import GateGranularity, RouterInput
+from timestep_experts.mixture.router_form import GatePositions, Gates, RouterFeatures, RouterInput
 
 
 def _once_each(modes: tuple[str, ...]) -> tuple[str, ...]:
@@ -29,11 +29,7 @@ def _once_each(modes: tuple[str, ...]) -> tuple[str, ...]:
     return modes
 
 
-Modes: TypeAlias = Annotated[
-    tuple[Literal["switch", "route"], ...],
-    Field(min_length=1, description="the modes in which the experts are evaluated"),
-    AfterValidator(_once_each),
-]
+Modes: TypeAlias = Annotated[tuple[Literal["switch", "route"], ...], Field(min_length=1), AfterValidator(_once_each)]
 NumIntervals: TypeAlias = Annotated[PositiveInt, Field(le=1000)]
 Boundaries: TypeAlias = Annotated[tuple[Number, ...], Field(max_length=1001)]
 Rank: TypeAlias = Annotated[PositiveInt, Field(le=2**16)]
@@ -50,7 +46,9 @@ class ScaleConfig(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = Field(None, description="null: n<intervals>")
     rank: Rank = 4
     lora_alpha: PositiveFloat | None = Field(None, description="null: equal to rank")
-    role: Literal["auto", "core", "context"] = Field("auto", description="auto: the finest scale is the core")
+    role: Literal["auto", "core", "context"] = Field(
+        "auto", description="auto: the finest scale is the core; with gates per rank, there is none"
+    )
     learning_rate: PositiveFloat | tuple[PositiveFloat, ...] | None = Field(None, description="own, or one per expert")
     max_train_steps: PositiveInt | tuple[PositiveInt, ...] | None = Field(None, description="own, or one per expert")
     gan_train_steps: PositiveInt | tuple[PositiveInt, ...] | None = Field(None, description="the same, of gan")
@@ -76,6 +74,36 @@ class ScaleConfig(Strict):
         return self.name or f"n{self.num_experts}"
 
 
+class RouterConfig(Strict):
+    """The form of the routers; the defaults are the paper's."""
+
+    gates: Gates = Field("expert", description="a context scale has one gate, or one for each of its ranks")
+    inputs: RouterInput = Field("z_and_t", description="what gates depend on")
+    features: RouterFeatures = Field("input_mean", description="what stands for z")
+    positions: GatePositions = Field("sample", description="one gate per sample, or per position")
+    knots: Knots | Annotated[tuple[Number, ...], Field(min_length=2, max_length=1001)] | None = Field(
+        None, description="of the table over t: how many, or where; null: a row for every t"
+    )
+    intervals: NumIntervals | None = Field(None, description="or a table that is constant on so many equal intervals")
+    boundaries: Boundaries | None = Field(None, description="or on these, from 0 to T")
+    unit_rms: bool = Field(False, description="divide the table with its base gates by its size, gate by gate")
+
+    @model_validator(mode="after")
+    def _one_table(self) -> RouterConfig:
+        if sum(value is not None for value in (self.knots, self.intervals, self.boundaries)) > 1:
+            raise UserError("a table over t has either knots, intervals or boundaries")
+        return self
+
+
+class RouterLearningConfig(Strict):
+    """Routers learn together with the experts."""
+
+    learning_rate: PositiveFloat | None = Field(None, description="of F; null: that of the experts")
+    table_learning_rate: PositiveFloat | None = Field(None, description="of E; null: 5 times that of the experts")
+    weight_decay: NonNegativeFloat | None = Field(None, description="null: the optimiser's")
+    max_grad_norm: PositiveFloat | None = Field(None, description="null: the optimiser's")
+
+
 class ExpertsConfig(Strict):
     """The low-rank experts on the denoiser, and on the text encoders."""
 
@@ -86,9 +114,14 @@ class ExpertsConfig(Strict):
     scales: tuple[ScaleConfig, ...] = Field(min_length=1)
     dropout: Share = Field(0.0, description="of what experts see while they train")
     text_dropout: Share | None = Field(None, description="the same on text encoders; null: dropout")
-    router_input: RouterInput = "z_and_t"
-    gate: GateGranularity = "sample"
-    router_knots: Knots | None = Field(None, description="null: the paper's table over every t")
+    router: RouterConfig = RouterConfig()
+
+    @property
+    def has_contexts(self) -> bool:
+        """Whether a scale is gated."""
+        roles = {scale.role for scale in self.scales}
+        is_auto = roles == {"auto"} and (len(self.scales) > 1 or self.router.gates == "rank")
+        return "context" in roles or is_auto
 
 
 class AssembleConfig(Strict):
@@ -115,8 +148,20 @@ class FosterConfig(Strict):
     text_learning_rate: PositiveFloat | None = Field(None, description="on text encoders; null: learning_rate")
     text_weight_decay: NonNegativeFloat | None = Field(None, description="there; null: the optimiser's")
     optimizer: OptimizerConfig = OptimizerConfig()
-    assemble: AssembleConfig | None = Field(AssembleConfig(), description="stage 2; null: no routers are trained")
-    modes: Modes = ("switch", "route")
+    router_learning: RouterLearningConfig | None = Field(
+        None, description="of routers that learn together with experts that are fostered jointly; null: they do not"
+    )
+    ema_decay: Share | None = Field(None, description="keep the moving average of experts; null: the last weights")
+    assemble: AssembleConfig | None = Field(AssembleConfig(), description="stage 2; null: there is none")
+    modes: Modes | None = Field(None, description="to be evaluated; null: all that are trained")
+
+    @model_validator(mode="after")
+    def _routers_learn_with_joint_experts(self) -> FosterConfig:
+        if self.router_learning is not None and self.schedule != "joint":
+            raise UserError(f"router_learning needs the schedule joint; got {self.schedule}")
+        if self.router_learning is not None and not self.experts.has_contexts:
+            raise UserError("router_learning needs routers: no scale is a context, and gates do not speak to ranks")
+        return self
 
     @model_validator(mode="after")
     def _has_no_second_phase(self) -> FosterConfig:
@@ -156,7 +201,7 @@ class DistillConfig(Strict):
     assemble: AssembleConfig | None = Field(
         AssembleConfig(), description="stage 2, by the losses of the last phase; null: no routers are trained"
     )
-    modes: Modes = ("switch", "route")
+    modes: Modes | None = Field(None, description="to be evaluated; null: all that are trained")
 
     @model_validator(mode="after")
     def _second_phase_has_a_gan(self) -> DistillConfig:

@@ -26,7 +26,7 @@ from timestep_experts.formats.sealed import SEAL, hash_tensors
 from timestep_experts.mixture import MixtureSpec, Mode, Router
 
 FORMAT = "timestep-experts/bundle"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DOCUMENT, TENSORS = "mixture.json", "mixture.safetensors"
 """The files of a bundle."""
 _SPEC = TypeAdapter(MixtureSpec)
@@ -140,15 +140,13 @@ def _check_shapes(document: BundleDocument, shapes: Mapping[str, tuple[int, ...]
         UserError: a tensor is missing, unexpected, or of another shape.
     """
     spec = document.mixture
-    num_gated = len(spec.gated_scales)
-    router = Router.shapes(num_gated, spec.num_train_timesteps, spec.router_input, spec.router_knots)
+    router = Router.shapes(spec.gated_scales, spec.num_train_timesteps, spec.router) if spec.gated_scales else {}
     wanted: dict[str, tuple[int | None, ...]] = {}
     for path in document.target_modules:
         for scale in spec.scales:
             wanted[f"{path}.experts.{scale.name}.A"] = (None, scale.rank, None)
             wanted[f"{path}.experts.{scale.name}.B"] = (None, None, None)
-        if num_gated:
-            wanted |= {f"{path}.router.{name}": shape for name, shape in router.items()}
+        wanted |= {f"{path}.router.{name}": shape for name, shape in router.items()}
     problems = [f"missing: {name}" for name in sorted(wanted.keys() - shapes.keys())]
     problems += [f"unexpected: {name}" for name in sorted(shapes.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & shapes.keys()):
@@ -184,7 +182,9 @@ def _read_document(path: Path) -> BundleDocument:
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}; this release reads up to {FORMAT_VERSION}")
     try:
-        return BundleDocument.model_validate(_from_version_1(document) if version == 1 else document)
+        document = _from_version_1(document) if version == 1 else document
+        document = _from_version_2(document) if version in (1, 2) else document
+        return BundleDocument.model_validate(document)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the bundle {path.parent} is damaged: {path.name}: {error}") from error
 
@@ -197,3 +197,14 @@ def _from_version_1(document: dict[str, Any]) -> dict[str, Any]:
     ]
     sampling = sampling_of_version_1(document["provenance"])
     return {**document, "mixture": {**document["mixture"], "scales": scales}, "sampling": sampling}
+
+
+def _from_version_2(document: dict[str, Any]) -> dict[str, Any]:
+    """Lift a document that described the routers beside the scales, and not in a section of their own."""
+    mixture = dict(document["mixture"])
+    router = {
+        new: mixture.pop(old)
+        for old, new in (("router_input", "inputs"), ("gate", "positions"), ("router_knots", "knots"))
+        if old in mixture
+    }
+    return {**document, "mixture": {**mixture, "router": router}}

@@ -10,6 +10,7 @@ from timestep_experts.mixture.mixture import Mixture, bound_to
 from timestep_experts.mixture.parameters import ParameterCount
 from timestep_experts.mixture.plain import PlainKernels
 from timestep_experts.mixture.router import Router
+from timestep_experts.mixture.router_form import RouterForm
 from timestep_experts.mixture.spec import MixtureSpec, Scale, asymmetric
 from timestep_experts.mixture.state import MODES, Mode
 from timestep_experts.mixture.targets import match_targets
@@ -24,6 +25,7 @@ __all__ = [
     "ParameterCount",
     "PlainKernels",
     "Router",
+    "RouterForm",
     "Scale",
     "TimestepInput",
     "asymmetric",

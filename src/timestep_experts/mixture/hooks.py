@@ -7,7 +7,7 @@ import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -17,7 +17,7 @@ from timestep_experts.errors import UserError
 from timestep_experts.mixture.carriers import require_separate_projections
 from timestep_experts.mixture.experts import ExpertStack
 from timestep_experts.mixture.layer import MixtureLayer
-from timestep_experts.mixture.state import MixtureState, Mode, StepContext
+from timestep_experts.mixture.state import MixtureState, Mode
 from timestep_experts.mixture.timesteps import TimestepInput
 
 _MASKS = {False: ("encoder_attention_mask",), True: ("attention_mask",)}  # of denoisers, and of text encoders
@@ -132,6 +132,7 @@ class TimestepReader(NetworkHook):
         timestep: how the denoiser is told the timestep.
         mask: the name and the place of the text's mask among the parameters; ``None`` for a network that takes none.
         attentions: those whose projections carry experts; fused projections are refused.
+        name: of the network; empty where there is one.
     """
 
     state: MixtureState
@@ -140,19 +141,25 @@ class TimestepReader(NetworkHook):
     timestep: TimestepInput
     mask: tuple[str, int] | None = None
     attentions: Sequence[Any] = ()
+    name: str = ""
     _fractions: int = 0
     _is_sure: bool = False
 
     @classmethod
     def of(
-        cls, network: nn.Module, state: MixtureState, timestep: TimestepInput, attentions: Sequence[Any] = ()
+        cls,
+        network: nn.Module,
+        state: MixtureState,
+        timestep: TimestepInput,
+        attentions: Sequence[Any] = (),
+        name: str = "",
     ) -> TimestepReader:
         """Make the hook for a network whose ``forward`` takes the timestep in that way, or takes none."""
         names = list(inspect.signature(network.forward).parameters)
         position = names.index(timestep.argument) if timestep.argument in names else None
         mask = next(((name, names.index(name)) for name in _MASKS[position is None] if name in names), None)
         is_sure = timestep.scale != 1 or state.spec.num_train_timesteps <= 1
-        return cls(state, names[0], position, timestep, mask, attentions, _is_sure=is_sure)
+        return cls(state, names[0], position, timestep, mask, attentions, name, _is_sure=is_sure)
 
     def before_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Set the running step. A text encoder takes no timestep, so it has none but the one that a caller bound."""
@@ -166,9 +173,10 @@ class TimestepReader(NetworkHook):
             name = self.timestep.argument
             value = kwargs[name] if name in kwargs else args[self.position]
             t, mask = self._read(value, first.device), self._read_mask(args, kwargs)
-            self.state.step = StepContext.of(t, self.state.spec, len(sample), mask)
+            self.state.step = self.state.step_at(t, len(sample), mask, self.name)
         elif self.state.is_bound and self.state.step is not None:
-            self.state.step = replace(self.state.step, text_mask=self._read_mask(args, kwargs))
+            mask = self._read_mask(args, kwargs)
+            self.state.step = self.state.step_at(self.state.step.t, text_mask=mask, network=self.name)
         else:
             self.state.step = None  # the denoiser's latest timestep is not that of a text
         if torch.is_grad_enabled():

@@ -1,8 +1,8 @@
 """The seam between a layer and the arithmetic of its experts.
 
 A layer asks for three steps: gather the experts of every row, read the layer's input through A, and add B of that to
-the base layer's output. `plain.PlainKernels` writes them as in the paper, and `fast.FastKernels` gives the same numbers
-sooner.
+the base layer's output. Between the last two, a router may look at what was read, scale by scale. `plain.PlainKernels`
+writes them as in the paper, and `fast.FastKernels` gives the same numbers sooner.
 
 Shapes: B rows of a batch, N positions, k input and d output features, r rank, m active scales.
 """
@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 from timestep_experts.mixture.experts import ExpertStack
 from timestep_experts.mixture.geometry import LayerGeometry
+from timestep_experts.mixture.router import Router
+from timestep_experts.mixture.router_form import TimestepIndex
 
 Strength = float | Tensor
-"""``gate_j * alpha_j / r_j`` of one scale: a number, ``(B, 1)`` per sample or ``(B, N)`` per position; B may be 1."""
+"""``gate_j * alpha_j / r_j`` of one scale: a number, or ``(B, N, r)``. B is 1 where all samples have the same, N is 1
+where all positions have, and r is 1 where all ranks have."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class Experts:
 
 class Kernels(Protocol):
     """How a layer's experts are computed."""
+
+    def read_tables(self, routers: Sequence[Router], index: TimestepIndex) -> Sequence[Tensor]:
+        """What the tables of routers add to their gates, ``(B, m)`` fp32 each, where the timesteps are."""
+        ...
 
     def gather(
         self, stacks: Sequence[ExpertStack], expert_index: Sequence[Tensor], num_rows: int, groups: int
@@ -66,6 +73,10 @@ class Kernels(Protocol):
             A x for each of ``experts.downs``: ``(B, N, r)`` of a linear layer and ``(B, r, N)`` of a convolution, N
             being the output positions; and the average over positions, ``(B, k)`` fp32.
         """
+        ...
+
+    def by_scale(self, hidden: Sequence[Tensor], experts: Experts, geometry: LayerGeometry) -> Sequence[Tensor]:
+        """A x of each of the m active scales, ``(B, N, r)``, from what `read` returned."""
         ...
 
     def add(

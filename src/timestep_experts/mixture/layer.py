@@ -17,9 +17,10 @@ from timestep_experts.errors import UserError
 from timestep_experts.intervals import Interval
 from timestep_experts.mixture.experts import ExpertStack
 from timestep_experts.mixture.geometry import LayerGeometry
-from timestep_experts.mixture.kernels import Strength
-from timestep_experts.mixture.plain import masked_mean
-from timestep_experts.mixture.router import Router, TimestepIndex
+from timestep_experts.mixture.kernels import Experts, Strength
+from timestep_experts.mixture.plain import latent_rms, masked_mean
+from timestep_experts.mixture.router import Router
+from timestep_experts.mixture.router_form import TimestepIndex
 from timestep_experts.mixture.spec import Scale
 from timestep_experts.mixture.state import MixtureState, StepContext, per_row
 
@@ -63,7 +64,8 @@ class MixtureLayer(nn.Module):
         self.dropout = spec.dropout
         self.reads_text = reads_text
         self.geometry = LayerGeometry.of(base_layer, name)
-        if spec.gate == "token" and spec.gated_scales and not self.geometry.keeps_positions:
+        is_per_input = spec.router.positions == "token" and not spec.router.hears_latents
+        if is_per_input and spec.gated_scales and not self.geometry.keeps_positions:
             raise UserError(
                 f"{name}: a gate per position needs a layer that keeps positions; this {type(base_layer).__name__} has"
                 f" kernel {self.geometry.kernel_size}, stride {self.geometry.stride}, padding {self.geometry.padding}"
@@ -71,14 +73,7 @@ class MixtureLayer(nn.Module):
         self.experts = nn.ModuleDict({scale.name: self._stack(scale, owned, seed) for scale in spec.scales})
         self.router = None
         if spec.gated_scales:
-            self.router = Router(
-                self.geometry.in_features,
-                len(spec.gated_scales),
-                spec.num_train_timesteps,
-                spec.router_input,
-                spec.gate,
-                spec.router_knots,
-            )
+            self.router = Router(self.geometry.in_features, spec.gated_scales, spec.num_train_timesteps, spec.router)
 
     def _stack(self, scale: Scale, owned: Interval | None, seed: int) -> ExpertStack:
         """The experts of a scale whose intervals meet the one that the network works on."""
@@ -138,10 +133,15 @@ class MixtureLayer(nn.Module):
         expert_index = [per_row(step.expert_index[scale.name], len(x)) for scale in scales]
         experts = kernels.gather(stacks, expert_index, len(x), self.geometry.groups)
         kept = functional.dropout(x, self.dropout) if self.dropout and self.base_layer.training else x
-        mask = step.text_mask if self.reads_text and self._pools_input() else None
-        hidden, pooled = kernels.read(kept, x if self._pools_input() and mask is None else None, experts, self.geometry)
-        z = self._positions(x) if pooled is None else pooled
-        z = z if mask is None else masked_mean(z, mask)
+        mask = step.text_mask if self.reads_text else None
+        pools = self._pools_input()
+        hidden, pooled = kernels.read(kept, x if pools and mask is None else None, experts, self.geometry)
+        if self._hears_latents():
+            z = self._latent_features(scales, hidden, experts, mask)
+        elif pooled is None:
+            z = masked_mean(self._positions(x), mask) if pools and mask is not None else self._positions(x)
+        else:
+            z = pooled
         strengths = self._strengths(scales, z, step, only_routed=only_routed)
         return kernels.add(self.base_layer, y, hidden, experts, strengths, self.geometry)
 
@@ -156,6 +156,17 @@ class MixtureLayer(nn.Module):
     def _pools_input(self) -> bool:
         return self.state.mode == "route" and self.router is not None and self.router.needs_pooled_input
 
+    def _hears_latents(self) -> bool:
+        return self.state.mode == "route" and self.router is not None and self.router.form.hears_latents
+
+    def _latent_features(
+        self, scales: Sequence[Scale], hidden: Sequence[Tensor], experts: Experts, mask: Tensor | None
+    ) -> Tensor:
+        """The size of each latent of the gated scales, relative to the others."""
+        latents = self.state.kernels.by_scale(hidden, experts, self.geometry)
+        gated = [own for own, scale in zip(latents, scales, strict=True) if scale.gated]
+        return latent_rms(torch.cat(gated, 2), mask, self.state.spec.router.positions)
+
     def _strengths(
         self, scales: Sequence[Scale], z: Tensor, step: StepContext, *, only_routed: bool = False
     ) -> list[Strength]:
@@ -166,7 +177,7 @@ class MixtureLayer(nn.Module):
 
         Args:
             scales: the active ones.
-            z: the layer's input, ``(B, N, k)``, or its average ``(B, k)``.
+            z: what stands for the layer's input, ``(B, N, h)`` or ``(B, h)``; see `Router`.
             step: the running forward pass.
             only_routed: leave the constant parts out.
         """
@@ -174,25 +185,37 @@ class MixtureLayer(nn.Module):
         if state.mode == "foster":
             return [scale.scaling for scale in scales]
         constant = [0.0 if only_routed else scale.constant_gate * scale.scaling for scale in scales]
-        if state.mode == "switch" or self.router is None or step.timestep_index is None:
+        if state.mode == "switch" or self.router is None:
             return [*constant]
-        gates: Tensor = self.router(z, _index_of_rows(step.timestep_index, len(z)))
+        gates: Tensor = self.router(z, self._timed(step, self.router, z))
         if state.gate_log is not None:
             state.gate_log.setdefault(self.name, []).append(gates.detach().expand(len(z), *gates.shape[1:]))
-        routed = iter((gates if gates.dim() == 3 else gates[:, None]).unbind(-1))  # (B, N) or (B, 1) each
+        by_position = gates if gates.dim() == 3 else gates[:, None]
+        routed = iter(torch.split(by_position, list(self.router.widths), -1))
         return [
             _scaled(next(routed), s.scaling, rest) if s.gated else rest
             for s, rest in zip(scales, constant, strict=True)
         ]
 
+    def _timed(self, step: StepContext, router: Router, z: Tensor) -> Tensor | None:
+        """What the router's table adds for each row of z."""
+        if not router.form.has_table:
+            return None
+        timed = step.timed.get(self.name)
+        if timed is None:  # the timesteps were bound in another mode
+            (timed,) = self.state.kernels.read_tables([router], self.state.index_of(step.t))
+        return per_row(timed.to(z.device), len(z))
+
+    def gates_at(self, index: TimestepIndex) -> list[Tensor]:
+        """Every context scale's gates at one timestep, ``(r,)`` or ``(1,)``, where they depend on t alone."""
+        assert self.router is not None
+        assert self.router.form.depends_on_t_alone
+        gates = index.read(self.router.table())[0] + self.router.base
+        return list(torch.split(gates, list(self.router.widths)))
+
     def _positions(self, x: Tensor) -> Tensor:
         """The layer's input as ``(B, N, k)``."""
         return x.flatten(2).transpose(1, 2) if self.geometry.is_convolution else x.reshape(len(x), -1, x.shape[-1])
-
-
-def _index_of_rows(index: TimestepIndex, num_rows: int) -> TimestepIndex:
-    fraction = None if index.fraction is None else per_row(index.fraction, num_rows)
-    return TimestepIndex(per_row(index.row, num_rows), fraction)
 
 
 def _scaled(gate: Tensor, scaling: float, constant: float) -> Tensor:

@@ -86,13 +86,14 @@ class Mixture(MixtureParameters):
             found = named_layers(network)
             attentions = attentions_of(found, matches[name])
             require_separate_projections(attentions)
-            readers[name] = TimestepReader.of(network, state, timestep or timestep_input_of(network), attentions)
+            readers[name] = TimestepReader.of(network, state, timestep or timestep_input_of(network), attentions, name)
             for module in matches[name]:
                 path = f"{name}.{module}" if name else module
                 text = readers[name].position is None or reads_text(found, module)
                 layers[path] = MixtureLayer(
                     found[module], state, path, (owned or {}).get(name), reads_text=text, seed=seed
                 )
+        state.routers.update({path: layer.router for path, layer in layers.items() if layer.router is not None})
         for layer in layers.values():
             layer.move_experts(_device_of(layer.base_layer))
             add_layer(layer)

@@ -14,10 +14,18 @@ from torch.nn import functional
 from timestep_experts.mixture.experts import ExpertStack
 from timestep_experts.mixture.geometry import LayerGeometry
 from timestep_experts.mixture.kernels import Experts, Strength
+from timestep_experts.mixture.router import Router
+from timestep_experts.mixture.router_form import GatePositions, TimestepIndex
+
+_LEAST_POWER = 1e-20
 
 
 class PlainKernels:
     """The definition: one scale after the other, one sum of products per step, in fp32 or wider."""
+
+    def read_tables(self, routers: Sequence[Router], index: TimestepIndex) -> Sequence[Tensor]:
+        """``E[t]`` of each router (TSM, eq. 7)."""
+        return [index.read(router.table().to(index.row.device)) for router in routers]
 
     def gather(
         self,
@@ -39,6 +47,10 @@ class PlainKernels:
         hidden = [project(x.to(wide), down.to(wide), geometry) for down in experts.downs]
         return hidden, None if router_input is None else mean_pool(router_input, geometry.is_convolution)
 
+    def by_scale(self, hidden: Sequence[Tensor], experts: Experts, geometry: LayerGeometry) -> Sequence[Tensor]:  # noqa: ARG002
+        """Every h_j with its features last."""
+        return [h.transpose(1, 2) for h in hidden] if geometry.is_convolution else hidden
+
     def add(
         self,
         base_layer: nn.Module,  # noqa: ARG002 - its output is never written over
@@ -52,7 +64,9 @@ class PlainKernels:
         features, groups = (1 if geometry.is_convolution else 2), geometry.groups
         total = torch.zeros((), dtype=torch.promote_types(y.dtype, torch.float32), device=y.device)
         for h, up, strength in zip(hidden, experts.ups, strengths, strict=True):
-            gated = h * (strength.unsqueeze(features) if isinstance(strength, Tensor) else strength)
+            if isinstance(strength, Tensor) and geometry.is_convolution:
+                strength = strength.transpose(1, 2)
+            gated = h * strength
             by_group = torch.unflatten(gated.to(total.dtype).movedim(features, 1), 1, (groups, -1))
             up_by_group = torch.unflatten(up.to(total.dtype), 1, (groups, -1))
             total = total + torch.einsum("bgrn,bgor->bgon", by_group, up_by_group)
@@ -77,6 +91,24 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """
     wide = mask.float().repeat_interleave(len(x) // len(mask), 0)
     return torch.einsum("bnk,bn->bk", x.float(), wide) / wide.sum(1, keepdim=True).clamp(min=1)
+
+
+def latent_rms(latents: Tensor, mask: Tensor | None, positions: GatePositions) -> Tensor:
+    """``q / mean(q) - 1``, with q the root mean square of each latent feature over positions; fp32.
+
+    Args:
+        latents: A x, ``(B, N, R)``.
+        mask: ``(B, N)``, 0 where a position is padding; see `masked_mean`.
+        positions: with ``token``, every position is looked at by itself.
+
+    Returns:
+        ``(B, R)``, or ``(B, N, R)`` of each position. Latents that are all 0 give 0.
+    """
+    power = latents.float().square()
+    if positions == "sample":
+        power = power.mean(1) if mask is None else masked_mean(power, mask)
+    rms = power.clamp(min=_LEAST_POWER).sqrt()  # the slope of a root is infinite at 0
+    return rms / rms.mean(-1, keepdim=True) - 1
 
 
 def convolve(x: Tensor, down: Tensor, geometry: LayerGeometry, groups: int = 1) -> Tensor:

@@ -1,99 +1,61 @@
-"""The router of one layer: ``G(z, t) = F(z) + E(t)`` (TSM, eq. 6-7).
+"""The router of one layer: ``G(z, t) = F(z) + E(t)`` (TSM, eq. 6-7), and its kin.
 
-Shapes: B samples, N positions, k features of the layer's input z, m gated scales.
+Shapes: B samples, N positions, m gates, h features that stand for the layer's input z: its k features, or one for
+each rank of the gated scales.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from timestep_experts.errors import UserError
-
-RouterInput = Literal["z_and_t", "z", "t"]
-GateGranularity = Literal["sample", "token"]
-
-
-@dataclass(frozen=True)
-class TimestepIndex:
-    """Where timesteps are in the tables E of all routers.
-
-    Args:
-        row: ``(B,)`` int64, the row of each timestep; in a table of knots, the knot below it.
-        fraction: ``(B,)`` fp32 in [0, 1], how far each timestep is on its way to the next knot; ``None`` for tables
-            that have a row per timestep.
-    """
-
-    row: Tensor
-    fraction: Tensor | None = None
-
-    @classmethod
-    def of(cls, t: Tensor, num_train_timesteps: int, num_knots: int | None = None) -> TimestepIndex:
-        """Find timesteps ``(B,)``; one outside [0, T) gets the nearest row."""
-        if num_knots is None:
-            return cls(t.floor().long().clamp(0, num_train_timesteps - 1))
-        last = num_knots - 1
-        place = (t.float() / num_train_timesteps * last).clamp(0, last)
-        below = place.floor().long().clamp(max=last - 1)
-        return cls(below, place - below)
-
-    def read(self, table: Tensor) -> Tensor:
-        """The rows ``(B, m)`` of a table, interpolated linearly between knots."""
-        rows = table.index_select(0, self.row)
-        if self.fraction is None:
-            return rows
-        return torch.lerp(rows, table.index_select(0, self.row + 1), self.fraction[:, None])
+from timestep_experts.mixture.router_form import RouterForm
+from timestep_experts.mixture.spec import Scale
 
 
 class Router(nn.Module):
     """The gates of a layer's context experts: a raw sum without softmax or sigmoid, so they may be negative.
 
-    F is a linear map of the layer's input z, and E is a table over t. Both start at zero, so an untrained router leaves
-    every gate at its base value. Everything is computed in fp32, under autocast too.
+    F is a linear map of z, and E is a table over t. Both start at zero, so an untrained router leaves every gate at its
+    base value. Everything is computed in fp32, under autocast too.
 
     Args:
-        in_features: k.
-        num_gated: m.
+        in_features: k of the layer.
+        gated: the context scales.
         num_train_timesteps: T.
-        inputs: what the router sees; the other term does not exist.
-        granularity: one gate per sample (z is averaged over positions) or one per position ("token").
-        num_knots: ``None`` gives the paper's table with one row per whole timestep, row floor(t). A number, at least 2,
-            gives a smooth table: that many rows at even distances, interpolated linearly.
-
-    Raises:
-        UserError: a smooth table has fewer than 2 knots.
+        form: what the gates speak to and hear.
     """
 
+    base: Tensor
+
     def __init__(
-        self,
-        in_features: int,
-        num_gated: int,
-        num_train_timesteps: int,
-        inputs: RouterInput = "z_and_t",
-        granularity: GateGranularity = "sample",
-        num_knots: int | None = None,
+        self, in_features: int, gated: Sequence[Scale], num_train_timesteps: int, form: RouterForm | None = None
     ) -> None:
         super().__init__()
-        if num_knots is not None and num_knots < 2:
-            raise UserError(f"a smooth router table needs at least 2 knots; got {num_knots}")
-        self.granularity = granularity
-        rows = num_train_timesteps if num_knots is None else num_knots
-        self.F = nn.Parameter(torch.zeros(num_gated, in_features)) if inputs != "t" else None
-        self.bias = nn.Parameter(torch.zeros(num_gated)) if inputs != "t" else None
-        self.E = nn.Parameter(torch.zeros(rows, num_gated)) if inputs != "z" else None
+        self.form = form or RouterForm()
+        self.widths = tuple(self.form.num_gates(scale.rank) for scale in gated)
+        parts = {
+            name: nn.Parameter(torch.zeros([in_features if size is None else size for size in shape]))
+            for name, shape in self.shapes(gated, num_train_timesteps, self.form).items()
+        }
+        self.F, self.bias, self.E = (parts.get(name) for name in ("F", "bias", "E"))
+        base = [torch.full((width,), s.base_gate) for s, width in zip(gated, self.widths, strict=True)]
+        self.register_buffer("base", torch.cat(base), persistent=False)
 
     @staticmethod
-    def shapes(
-        num_gated: int, num_train_timesteps: int, inputs: RouterInput, num_knots: int | None
-    ) -> dict[str, tuple[int | None, ...]]:
+    def shapes(gated: Sequence[Scale], num_train_timesteps: int, form: RouterForm) -> dict[str, tuple[int | None, ...]]:
         """The shapes of a router's tensors by name, without making one; ``None`` stands for k."""
-        rows = num_train_timesteps if num_knots is None else num_knots
-        maps: dict[str, tuple[int | None, ...]] = {"F": (num_gated, None), "bias": (num_gated,)}
-        return {**(maps if inputs != "t" else {}), **({"E": (rows, num_gated)} if inputs != "z" else {})}
+        num_gates = sum(form.num_gates(scale.rank) for scale in gated)
+        shapes: dict[str, tuple[int | None, ...]] = {}
+        if form.hears_latents:  # their mean over ranks is 0 already, and a bias would be one more row of the table
+            shapes["F"] = (num_gates, sum(scale.rank for scale in gated))
+        elif form.hears_input:
+            shapes |= {"F": (num_gates, None), "bias": (num_gates,)}
+        return {**shapes, **({"E": (form.num_rows(num_train_timesteps), num_gates)} if form.has_table else {})}
 
     @property
     def tables(self) -> list[nn.Parameter]:
@@ -105,35 +67,53 @@ class Router(nn.Module):
         """All parameters that are no tables."""
         return [parameter for parameter in self.parameters() if parameter is not self.E]
 
-    def makers_of(self, gate: int) -> list[Tensor]:
-        """Whatever of the parameters makes one of the gates."""
-        rows = [part[gate] for part in (self.F, self.bias) if part is not None]
-        return rows if self.E is None else [*rows, self.E[:, gate]]
+    def makers_of(self, scale: int) -> list[Tensor]:
+        """Whatever of the parameters makes the gates of one context scale, by its place among them."""
+        end = list(accumulate(self.widths))[scale]
+        gates = slice(end - self.widths[scale], end)
+        rows = [part[gates] for part in (self.F, self.bias) if part is not None]
+        return rows if self.E is None else [*rows, self.E[:, gates]]
 
     @property
     def needs_pooled_input(self) -> bool:
-        """Whether z must be averaged over positions before it comes here."""
-        return self.F is not None and self.granularity == "sample"
+        """Whether the layer's input must be averaged over positions for z."""
+        form = self.form
+        return form.hears_input and form.features == "input_mean" and form.positions == "sample"
 
-    def forward(self, z: Tensor, timestep: TimestepIndex) -> Tensor:
+    def table(self) -> Tensor:
+        """What t adds to the base gates at each row, ``(rows, m)`` fp32."""
+        assert self.E is not None
+        return gate_table(self.E, self.base, self.form)
+
+    def forward(self, z: Tensor, timed: Tensor | None) -> Tensor:
         """Gates, to be added to their base values.
 
         Args:
-            z: the layer's input, ``(B, k)`` averaged over positions, or ``(B, N, k)`` for a gate per position.
-            timestep: of every sample, or one for all of them.
+            z: ``(B, h)``, or ``(B, N, h)`` for a gate per position.
+            timed: what the table adds, ``(B, m)``, or ``(1, m)`` where all samples have one timestep; ``None`` where
+                there is no table.
 
         Returns:
             ``(B, m)``, or ``(B, N, m)`` with a gate per position; fp32. Gates that depend on one timestep for all
             samples and on nothing else come once, with B = 1.
         """
         # TSM, eq. 6-7:  G(z, t) = F z + b + E[t]
+        if timed is not None and self.form.positions == "token":
+            timed = timed[:, None]
+        if self.F is None:
+            assert timed is not None
+            return timed
         with torch.autocast(z.device.type, enabled=False):
-            mapped = None
-            if self.F is not None and self.bias is not None:
-                mapped = functional.linear(z.float(), self.F.float(), self.bias.float())
-            if self.E is None:
-                assert mapped is not None
-                return mapped
-            timed = timestep.read(self.E.float())
-            timed = timed[:, None] if self.granularity == "token" else timed
-            return timed if mapped is None else mapped + timed
+            bias = None if self.bias is None else self.bias.float()
+            mapped = functional.linear(z.float(), self.F.float(), bias)
+            return mapped if timed is None else mapped + timed
+
+
+def gate_table(added: Tensor, base: Tensor, form: RouterForm) -> Tensor:
+    """What t adds to base gates ``(m,)`` at each row, for E ``(rows, m)``; fp32."""
+    with torch.autocast(added.device.type, enabled=False):
+        if not form.unit_rms:
+            return added.float()
+        # S / rms(S), with S = base + E; what is added to the base is the rest
+        gates = base + added.float()
+        return gates * gates.square().mean(0).rsqrt() - base

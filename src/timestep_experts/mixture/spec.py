@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 
 from timestep_experts.errors import UserError
 from timestep_experts.intervals import Partition
-from timestep_experts.mixture.router import GateGranularity, RouterInput
+from timestep_experts.mixture.router_form import RouterForm
 
 MOST_RANK = 2**16
 MOST_TIMESTEPS = 10**6
@@ -67,20 +67,16 @@ class MixtureSpec:
 
     Args:
         scales: at least one; all partitions share T.
-        router_input: what gates depend on.
-        gate: one per sample, or one per position ("token").
-        router_knots: ``None`` for the paper's table over every timestep, or the number of knots of a smooth one.
+        router: the form of the routers, which every layer with a gated scale has.
         dropout: on the experts' input while training, in [0, 1).
 
     Raises:
         UserError: there is no scale, a name is repeated, partitions differ in T or T is absurd, the dropout is outside
-            [0, 1), or the number of knots outside [2, T + 1].
+            [0, 1), or the routers' table does not fit T or the base gates.
     """
 
     scales: tuple[Scale, ...]
-    router_input: RouterInput = "z_and_t"
-    gate: GateGranularity = "sample"
-    router_knots: int | None = None
+    router: RouterForm = field(default_factory=RouterForm)
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -92,8 +88,9 @@ class MixtureSpec:
         _ = self.strata  # partitions of different T fail here
         if not self.scales[0].partition.num_train_timesteps <= MOST_TIMESTEPS:
             raise UserError(f"a mixture knows at most {MOST_TIMESTEPS:,} timesteps")
-        if self.router_knots is not None and not 2 <= self.router_knots <= self.num_train_timesteps + 1:
-            raise UserError(f"router_knots must be from 2 to T + 1; got {self.router_knots}")
+        self.router.check(self.num_train_timesteps)
+        if self.router.unit_rms and not all(scale.base_gate for scale in self.gated_scales):
+            raise UserError("unit_rms divides gates by their size; a base gate of 0 has none. Use another base_gate")
 
     @property
     def strata(self) -> Partition:

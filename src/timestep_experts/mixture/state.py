@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from torch import Tensor
 
 from timestep_experts.mixture.kernels import Kernels
-from timestep_experts.mixture.router import TimestepIndex
+from timestep_experts.mixture.router import Router
+from timestep_experts.mixture.router_form import TimestepIndex
 from timestep_experts.mixture.spec import MixtureSpec, Scale
 
 Mode = Literal["off", "foster", "switch", "route"]
@@ -25,31 +26,25 @@ class StepContext:
         t: ``(B,)`` fp32.
         expert_index: by scale, ``(B,)`` int64, the expert that owns each timestep; ``(1,)`` where all samples share one
             timestep.
-        timestep_index: the places of the timesteps in the routers' tables, as many as in ``expert_index``; ``None``
-            where no scale is gated.
+        timed: by layer, what the router's table adds to its gates: ``(B, m)``, or ``(1, m)`` where all samples share
+            one timestep; empty where no gate depends on t.
         text_mask: ``(B, L)``, 0 where a token of the text is padding; ``None`` where the network was given none.
     """
 
     t: Tensor
     expert_index: dict[str, Tensor]
-    timestep_index: TimestepIndex | None
+    timed: Mapping[str, Tensor] = field(default_factory=dict)
     text_mask: Tensor | None = None
 
-    @classmethod
-    def of(
-        cls, t: Tensor, spec: MixtureSpec, num_samples: int | None = None, text_mask: Tensor | None = None
-    ) -> StepContext:
-        """Look up the experts of timesteps ``(B,)``, or of one timestep ``(1,)`` that all samples share."""
-        expert_index = {scale.name: scale.partition.index_of(t) for scale in spec.scales}
-        timestep_index = TimestepIndex.of(t, spec.num_train_timesteps, spec.router_knots) if spec.gated_scales else None
-        t = t if num_samples is None else t.expand(num_samples)
-        return cls(t, expert_index, timestep_index, text_mask)
+    def __deepcopy__(self, memo: dict[int, Any]) -> StepContext:
+        """The same without what the tables say, which may belong to a graph; copies of layers read their own tables."""
+        return replace(self, timed={})
 
 
 def per_row(values: Tensor, num_rows: int) -> Tensor:
-    """Spread one value per sample ``(B,)`` over a layer's rows; a single value ``(1,)`` stays one for all of them."""
+    """Spread values per sample ``(B, ...)`` over a layer's rows; a single one ``(1, ...)`` stays one for all of them."""
     repeats = num_rows // len(values)  # a layer may see frames or views of one sample as rows, next to each other
-    return values if len(values) == 1 or repeats == 1 else values.repeat_interleave(repeats)
+    return values if len(values) == 1 or repeats == 1 else values.repeat_interleave(repeats, 0)
 
 
 @dataclass
@@ -64,6 +59,7 @@ class MixtureState:
         step: the running forward pass; the denoiser's hook sets it before each one.
         is_bound: whether a caller, and not the hook, gave the timesteps (`bound`).
         gate_log: where layers leave their gates, by layer name, while a caller records them.
+        routers: of all layers, by layer name.
     """
 
     spec: MixtureSpec
@@ -73,12 +69,39 @@ class MixtureState:
     step: StepContext | None = None
     is_bound: bool = False
     gate_log: dict[str, list[Tensor]] | None = None
+    routers: dict[str, Router] = field(default_factory=dict)
+
+    def step_at(
+        self, t: Tensor, num_samples: int | None = None, text_mask: Tensor | None = None, network: str = ""
+    ) -> StepContext:
+        """Look up what timesteps mean.
+
+        Args:
+            t: ``(B,)``, or one timestep ``(1,)`` that all samples share.
+            num_samples: B.
+            text_mask: see `StepContext`.
+            network: the name of the network whose layers will ask.
+        """
+        expert_index = {scale.name: scale.partition.index_of(t) for scale in self.spec.scales}
+        whole = t if num_samples is None else t.expand(num_samples)
+        return StepContext(whole, expert_index, self._read_tables(t, network), text_mask)
+
+    def _read_tables(self, t: Tensor, network: str) -> Mapping[str, Tensor]:
+        """What all routers' tables say at once: they are many and small."""
+        if self.mode != "route" or not self.spec.router.has_table or not self.routers:
+            return {}
+        own = {name: router for name, router in self.routers.items() if not network or name.startswith(f"{network}.")}
+        return dict(zip(own, self.kernels.read_tables(list(own.values()), self.index_of(t)), strict=True))
+
+    def index_of(self, t: Tensor) -> TimestepIndex:
+        """Where timesteps are in the routers' tables."""
+        return TimestepIndex.of(t, self.spec.router, self.spec.num_train_timesteps)
 
     @contextmanager
     def bound(self, t: Tensor) -> Iterator[None]:
         """Give the timesteps ``(B,)`` by hand for a while, then return to the ones before."""
         before = self.step, self.is_bound
-        self.step, self.is_bound = StepContext.of(t, self.spec), True
+        self.step, self.is_bound = self.step_at(t), True
         try:
             yield
         finally:

@@ -1,6 +1,6 @@
 """Training the experts: one loop, short stages over it, checkpoints that resume to the byte."""
 
-from timestep_experts.training.assemble import AssembleSettings, assemble
+from timestep_experts.training.assemble import AssembleSettings, RouterRates, assemble
 from timestep_experts.training.decouple import Decoupled, DecoupleSettings, decouple
 from timestep_experts.training.distill import DistillSettings, PhaseSettings, distill, distill_router
 from timestep_experts.training.foster import FosterMethod, FosterSettings, foster
@@ -20,6 +20,7 @@ __all__ = [
     "LoopSettings",
     "OptimiserSettings",
     "PhaseSettings",
+    "RouterRates",
     "Training",
     "assemble",
     "decouple",

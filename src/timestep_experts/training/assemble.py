@@ -14,28 +14,43 @@ from timestep_experts.training.stage import Denoising, Stage
 
 
 @dataclass(frozen=True)
-class AssembleSettings:
-    """How routers learn.
+class RouterRates:
+    """At which rates routers learn.
 
     Args:
         learning_rate: of F.
-        table_learning_rate: of E; each of its rows is hit by few samples, so it needs far more (50 times by default).
-        max_train_steps: optimiser steps.
-        train_batch_size: samples per step, t over the whole range.
-        caption_dropout: probability of the empty caption.
-        seed: of samples.
+        table_learning_rate: of E; each of its rows is met by few samples, so it needs far more.
         rate_factors: what the rates are multiplied by on some networks, by name; see `FosterSettings`.
-        weight_decays: of some networks, by name, in place of the optimiser's.
+        weight_decays: of some networks, by name.
+        weight_decay: of all others; ``None`` is the optimiser's.
+        max_grad_norm: of F, and of E, on their own; ``None`` is the optimiser's.
     """
 
     learning_rate: float
     table_learning_rate: float
+    rate_factors: Mapping[str, float] = field(default_factory=dict)
+    weight_decays: Mapping[str, float] = field(default_factory=dict)
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class AssembleSettings:
+    """How routers learn when the experts do no longer.
+
+    Args:
+        rates: of their parts.
+        max_train_steps: optimiser steps.
+        train_batch_size: samples per step, t over the whole range.
+        caption_dropout: probability of the empty caption.
+        seed: of samples.
+    """
+
+    rates: RouterRates
     max_train_steps: int
     train_batch_size: int
     caption_dropout: float
     seed: int
-    rate_factors: Mapping[str, float] = field(default_factory=dict)
-    weight_decays: Mapping[str, float] = field(default_factory=dict)
 
 
 def assemble(mixture: Mixture, settings: AssembleSettings) -> Stage:
@@ -44,7 +59,7 @@ def assemble(mixture: Mixture, settings: AssembleSettings) -> Stage:
     Raises:
         UserError: no scale is gated, so there is nothing to learn.
     """
-    param_groups = router_param_groups(mixture, settings)
+    param_groups = router_param_groups(mixture, settings.rates, settings.max_train_steps)
     whole = Partition.uniform(1, mixture.spec.num_train_timesteps)
 
     def set_mode() -> None:
@@ -54,29 +69,39 @@ def assemble(mixture: Mixture, settings: AssembleSettings) -> Stage:
     return Stage("assemble", param_groups, plan, Denoising(settings.train_batch_size), set_mode)
 
 
-def router_param_groups(mixture: Mixture, settings: AssembleSettings) -> list[ParamGroup]:
+def router_param_groups(
+    mixture: Mixture, rates: RouterRates, max_train_steps: int, gradient_share: float = 1.0
+) -> list[ParamGroup]:
     """The routers' maps F and tables E, each at its own rate.
+
+    Args:
+        mixture: whose.
+        rates: of both.
+        max_train_steps: their budget.
+        gradient_share: see `ParamGroup`.
 
     Raises:
         UserError: no scale is gated, so there is nothing to learn.
     """
-    groups = networks_by_rate(mixture.networks, settings.rate_factors, settings.weight_decays)
+    groups = networks_by_rate(mixture.networks, rates.rate_factors, rates.weight_decays)
     param_groups = []
     for (factor, weight_decay), networks in groups.items():
         maps, tables = mixture.router_parameters(networks)
         ending = f".{'+'.join(networks)}" if len(groups) > 1 else ""
-        kinds = [("router.F", maps, settings.learning_rate), ("router.E", tables, settings.table_learning_rate)]
+        kinds = [("router.F", maps, rates.learning_rate), ("router.E", tables, rates.table_learning_rate)]
         param_groups += [
             ParamGroup(
                 name + ending,
                 [(parameter, None) for parameter in parameters],
                 rate * factor,
-                settings.max_train_steps,
-                weight_decay=weight_decay,
+                max_train_steps,
+                gradient_share,
+                weight_decay=rates.weight_decay if weight_decay is None else weight_decay,
+                max_grad_norm=rates.max_grad_norm,
             )
             for name, parameters, rate in kinds
             if parameters
         ]
     if not param_groups:
-        raise UserError("nothing to assemble: no scale of this mixture is a gated context")
+        raise UserError("there are no routers to train: no scale of this mixture is a gated context")
     return param_groups

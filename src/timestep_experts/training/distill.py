@@ -233,7 +233,7 @@ class _StageMaker:
         return self._stage(
             ROUTER,
             "assemble",
-            router_param_groups(self.mixture, assembling),
+            router_param_groups(self.mixture, assembling.rates, assembling.max_train_steps),
             {name: value for name, value in self.mixture.state_dict().items() if ".router." in name},
             phase,
             tuple(range(len(self.settings.timesteps))),

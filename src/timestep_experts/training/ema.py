@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from timestep_experts.training.stage import Trainable
 
 
 def ema_decay_at(step: int, decay: float, *, warmup: bool) -> float:
@@ -50,3 +52,51 @@ class MovingAverage:
         finally:
             for name, parameter in self.parameters.items():
                 parameter.data = own[name]
+
+
+class Averaged:
+    """A trainee of which the moving average of what learns is kept; see `Trainable`.
+
+    Args:
+        trainee: what learns.
+        parameters: what of it learns; they share memory with the tensors of its ``state_dict``.
+        decay: see `MovingAverage`.
+    """
+
+    _PREFIX = "average."
+
+    def __init__(self, trainee: Trainable, parameters: Iterable[nn.Parameter], decay: float) -> None:
+        self.trainee = trainee
+        by_place = {parameter.data_ptr(): parameter for parameter in parameters}
+        places = {name: tensor.data_ptr() for name, tensor in trainee.state_dict().items()}
+        own = {name: by_place[place] for name, place in places.items() if place in by_place}
+        self._average = MovingAverage(own, decay)
+
+    def follow(self, step: int) -> None:
+        """Take in the weights after an update, counted from 1."""
+        self._average.update(step)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights, and their averages."""
+        averages = {self._PREFIX + name: average for name, average in self._average.averages.items()}
+        return {**self.trainee.state_dict(), **averages}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], /) -> None:
+        """Load what `state_dict` returned."""
+        self.trainee.load_state_dict({n: t for n, t in tensors.items() if not n.startswith(self._PREFIX)})
+        for name, average in self._average.averages.items():
+            average.copy_(tensors[self._PREFIX + name])
+
+    def trained_modules(self) -> Iterable[nn.Module]:
+        """Those of the trainee."""
+        return self.trainee.trained_modules()
+
+    def observed(self) -> AbstractContextManager[None]:
+        """While open, the trainee is its average."""
+        return self._average.in_place()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Give the trainee the averages as its weights."""
+        for name, parameter in self._average.parameters.items():
+            parameter.copy_(self._average.averages[name])

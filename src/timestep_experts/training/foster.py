@@ -12,6 +12,7 @@ import torch
 from timestep_experts.errors import UserError
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, Scale
+from timestep_experts.training.assemble import RouterRates, router_param_groups
 from timestep_experts.training.batches import BatchPlan
 from timestep_experts.training.param_group import ParamGroup, networks_by_rate
 from timestep_experts.training.stage import Denoising, Stage
@@ -36,6 +37,10 @@ class FosterSettings:
         rate_factors: what learning rates are multiplied by on some networks, by name: a text encoder's experts may
             learn at their own rate, with a clip of their own.
         weight_decays: of some networks, by name, in place of the optimiser's.
+        router: at which rates the routers learn together with the experts, which needs ``joint``; ``None``: they do
+            not, and every gate is 1.
+        ema_decay: what is kept is the moving average of everything that learns, with this share of the old average per
+            update; ``None``: the last weights are kept.
     """
 
     method: FosterMethod
@@ -46,17 +51,23 @@ class FosterSettings:
     seed: int
     rate_factors: Mapping[str, float] = field(default_factory=dict)
     weight_decays: Mapping[str, float] = field(default_factory=dict)
+    router: RouterRates | None = None
+    ema_decay: float | None = None
 
 
 def foster(mixture: Mixture, settings: FosterSettings) -> list[Stage]:
     """The stages that foster a mixture, to be run in this order.
 
     Raises:
-        UserError: ``coarse_to_fine`` on scales that do not nest or differ in rank.
+        UserError: ``coarse_to_fine`` on scales that do not nest or differ in rank, or routers that are to learn with
+            experts that are not fostered jointly.
     """
     scales = sorted(mixture.spec.scales, key=lambda scale: len(scale.partition))
     if settings.method == "joint":
-        return [_stage(mixture, settings, scales, mixture.spec.strata, "foster-joint", 1.0)]
+        stage = _stage(mixture, settings, scales, mixture.spec.strata, "foster-joint", 1.0)
+        return [stage if settings.router is None else _with_routers(stage, mixture, settings.router)]
+    if settings.router is not None:
+        raise UserError(f"routers can learn together with experts that are fostered jointly, not {settings.method}")
     if settings.method == "independent":
         return [_stage(mixture, settings, [s], s.partition, f"foster-{s.name}", 1.0) for s in reversed(scales)]
     _require_nesting(scales)
@@ -80,6 +91,16 @@ def _stage(
         objective=Denoising(settings.train_batch_size),
         set_mode=lambda: mixture.foster(*names),
     )
+
+
+def _with_routers(stage: Stage, mixture: Mixture, rates: RouterRates) -> Stage:
+    """The same stage with all gates, which learn as long as the experts do."""
+
+    def set_mode() -> None:
+        mixture.mode = "route"
+
+    routers = router_param_groups(mixture, rates, stage.num_steps, 1 / len(mixture.spec.strata))
+    return replace(stage, param_groups=[*stage.param_groups, *routers], set_mode=set_mode)
 
 
 def _experts(

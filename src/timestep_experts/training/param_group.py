@@ -30,6 +30,7 @@ class ParamGroup:
         gradient_share: gradients are multiplied by it: 1 / (strata that it owns), so its loss is the mean over its own
             samples while the total is a sum over strata.
         weight_decay: its own; ``None`` is that of the optimiser's options.
+        max_grad_norm: its own limit; ``None`` is that of the optimiser.
         interval: from whose samples it learns; ``None`` is all timesteps.
     """
 
@@ -39,6 +40,7 @@ class ParamGroup:
     max_train_steps: int
     gradient_share: float = 1.0
     weight_decay: float | None = None
+    max_grad_norm: float | None = None
     interval: Interval | None = None
     leaves: list[Tensor] = field(init=False)
 
@@ -57,7 +59,11 @@ class ParamGroup:
         return {"params": self.leaves, "lr": self.learning_rate, **own}
 
     def take_gradients(self, max_norm: float | None) -> Tensor:
-        """Give the leaves their share of the gradients and clip them by the group's own norm; returns the norm."""
+        """Give the leaves their share of the gradients and clip them by the group's own norm; returns the norm.
+
+        Args:
+            max_norm: the limit of groups that have none of their own.
+        """
         for leaf, (parameter, index) in zip(self.leaves, self.slices, strict=True):
             if parameter.grad is not None:
                 leaf.grad = parameter.grad if index is None else parameter.grad[index]
@@ -66,6 +72,7 @@ class ParamGroup:
             return self.leaves[0].new_zeros(())
         if self.gradient_share != 1:
             torch._foreach_mul_(gradients, self.gradient_share)
+        max_norm = max_norm if self.max_grad_norm is None else self.max_grad_norm
         limit = float("inf") if max_norm is None else max_norm
         return nn.utils.clip_grad_norm_(self.leaves, limit)
 

@@ -126,7 +126,7 @@ class Distilling(LowRankMethod):
         own = [scale for scale in self.config.experts.scales if stage.startswith(f"distill-{scale.label}.")]
         if not own:
             return everything
-        experts = {key: value for key, value in everything["experts"].items() if not key.startswith(("router", "gate"))}
+        experts = {key: value for key, value in everything["experts"].items() if key != "router"}
         return {**everything, "experts": {**experts, "scales": [own[0].model_dump(mode="json", exclude={"role"})]}}
 
     def _generator(self, item: DistillStage, context: RunContext) -> dict[str, Tensor] | None:

@@ -32,6 +32,7 @@ from timestep_experts.jobs.stages import preview_experts, train_stage
 from timestep_experts.mixture import Mixture, Mode
 from timestep_experts.models import Family, MetaModel
 from timestep_experts.training import Training, assemble, foster
+from timestep_experts.training.ema import Averaged
 from timestep_experts.training.stage import Stage, Trainable
 
 
@@ -48,7 +49,7 @@ class Fostering(LowRankMethod):
         try:
             self._foster(mixture, context)
             if not self.paths.is_finished("assemble"):
-                self.write_bundle(mixture, context, "switch")
+                self.write_bundle(mixture, context, self._fostered_mode)
         finally:
             mixture.detach()
 
@@ -74,19 +75,32 @@ class Fostering(LowRankMethod):
 
     def _foster(self, mixture: Mixture, context: RunContext) -> None:
         for stage in self._foster_stages(mixture, context.family):
-            self._run(stage, mixture, context, "switch")
+            self._run(stage, mixture, context, self._fostered_mode)
+
+    @property
+    def _fostered_mode(self) -> Mode:
+        return "route" if self.fosters_routers else "switch"
 
     def _run(self, stage: Stage, mixture: Mixture, context: RunContext, mode: Mode) -> None:
         """Run a stage; its pictures are previewed in the mode in which its experts will be used."""
+        trainee, decay = self._trainee(stage, mixture), self.config.ema_decay
+        preview = preview_experts(context, mixture, mode, self.sampling(context.decoding), mixture.spec.strata)
+        averaged = None
+        if decay is not None and stage.name != "assemble":
+            averaged = Averaged(trainee, stage.parameters(), decay)
+            trainee, stage = averaged, replace(stage, after_step=averaged.follow)
+            preview = replace(preview, observing=averaged.observed)
         train_stage(
             self.recipe,
             context,
-            Training(stage, self._trainee(stage, mixture), context.family),
+            Training(stage, trainee, context.family),
             self._optimiser(stage),
             self.paths.stage(stage.name),
             self.deciding(stage.name),
-            preview_experts(context, mixture, mode, self.sampling(context.decoding), mixture.spec.strata),
+            preview,
         )
+        if averaged is not None:
+            averaged.settle()
 
     def _trainee(self, stage: Stage, mixture: Mixture) -> Trainable:
         """What a stage changes; of a scale that is fostered by itself, only its own experts are kept."""
@@ -99,7 +113,7 @@ class Fostering(LowRankMethod):
         own = [scale for scale in self.config.experts.scales if stage == f"foster-{scale.label}"]
         if self.config.schedule != "independent" or not own:
             return everything
-        experts = {key: value for key, value in everything["experts"].items() if not key.startswith(("router", "gate"))}
+        experts = {key: value for key, value in everything["experts"].items() if key != "router"}
         return {**everything, "experts": {**experts, "scales": [own[0].model_dump(mode="json", exclude={"role"})]}}
 
     def _optimiser(self, stage: Stage) -> OptimizerConfig:

@@ -179,8 +179,22 @@ class LowRankMethod(ABC):
 
     @property
     def assembles(self) -> bool:
-        """Whether routers are trained: a single scale has none."""
-        return self.config.assemble is not None and len(self.config.experts.scales) > 1
+        """Whether routers are trained after the experts; without a context there are none."""
+        return self.config.assemble is not None and self.config.experts.has_contexts
+
+    @property
+    def fosters_routers(self) -> bool:
+        """Whether routers are trained together with the experts, which then fit only each other."""
+        return isinstance(self.config, FosterConfig) and self.config.router_learning is not None
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """The modes of which the table has rows."""
+        trained: tuple[Mode, ...] = (
+            ("route",) if self.fosters_routers else ("switch", "route") if self.assembles else ("switch",)
+        )
+        wanted = self.config.modes or trained
+        return tuple(mode for mode in wanted if mode in trained) or trained
 
     @property
     def assembling(self) -> AssembleConfig:
@@ -203,8 +217,7 @@ class LowRankMethod(ABC):
 
     def candidates(self) -> list[Candidate]:
         """The experts in each mode, and merged."""
-        modes: tuple[Mode, ...] = self.config.modes if self.assembles else ("switch",)
-        rows: list[Candidate] = [BundleCandidate(self, mode) for mode in modes]
+        rows: list[Candidate] = [BundleCandidate(self, mode) for mode in self.modes]
         return rows if self.variant.merge is None else [*rows, MergedLoraCandidate(self)]
 
     def deciding(self, stage: str) -> dict[str, Any]:
@@ -231,7 +244,7 @@ class LowRankMethod(ABC):
     def attach_to(self, meta_model: MetaModel) -> Mixture:
         """The experts on the meta device, to be counted."""
         networks, targets = build_targets(self.config.experts, meta_model.denoisers, meta_model.text_encoders)
-        spec = build_spec(self.config.experts, meta_model.num_train_timesteps)
+        spec = build_spec(self.config, meta_model.num_train_timesteps)
         mixture = Mixture.attach(networks, spec, targets, owned=meta_model.owned_intervals)
         require_sensible_ranks(mixture)
         return mixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from types import MethodType
 from typing import Any, cast
@@ -16,6 +16,7 @@ from timestep_experts.mixture.experts import ExpertStack
 from timestep_experts.mixture.hooks import NetworkHook, TimestepReader, add_hook, hooks_of, remove_hook
 from timestep_experts.mixture.layer import MixtureLayer
 from timestep_experts.mixture.mixture import Mixture
+from timestep_experts.mixture.router_form import TimestepIndex
 from timestep_experts.mixture.state import MixtureState, Mode, StepContext
 
 _CARRIERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -30,7 +31,8 @@ def fuse(mixture: Mixture) -> None:
     different owners is computed from W0, with the experts beside it.
 
     In mode ``route`` the constant part of the gates stands in the weights, that of the core above all. Only what the
-    routers add is computed beside them.
+    routers add is computed beside them. Routers that hear t alone add nothing beside: their whole gates stand in the
+    weights, which are exchanged whenever a gate changes.
 
     W0 is kept, which takes as much memory again, on the same device, as the weights that carry experts. While experts
     are fused, a network's own ``state_dict`` holds W and not W0, and its calls are made without gradients. Networks
@@ -83,6 +85,26 @@ class FusedStep(StepContext):
     """A running forward pass whose experts stand in the weights."""
 
 
+@dataclass(frozen=True)
+class Held:
+    """What stands in the weights of a network.
+
+    Args:
+        experts: by the scale's name, which of its experts.
+        place: where the gates are in the routers' tables: a row, and a share of the way to the next one; ``None`` where
+            gates are constant.
+    """
+
+    experts: tuple[tuple[str, int], ...] = ()
+    place: tuple[int, float | None] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.experts)
+
+
+NOTHING = Held()
+
+
 class FusedExperts(NetworkHook):
     """The fused layers of one denoiser, and the hook that exchanges their experts.
 
@@ -110,7 +132,7 @@ class FusedExperts(NetworkHook):
         self._network, self._loras = network, _fused_loras(network)
         self.layers = [layer for layer in layers if _is_exact(layer.base_layer) and uses[id(_weight(layer))] == 1]
         self._carriers = list(layers)
-        self._held: dict[str, int] | None = {}  # the experts in the weights, by scale; None: the weights are unknown
+        self._held: Held | None = NOTHING  # the experts in the weights; None: the weights are unknown
         self._versions = self._read_versions()
 
     @torch.no_grad()
@@ -128,7 +150,7 @@ class FusedExperts(NetworkHook):
             UserError: gradients are enabled, or dropout is: both belong to the experts, which are in the weights.
         """
         if self.state.mode == "off":
-            self.hold({})
+            self.hold(NOTHING)
             return
         if torch.is_grad_enabled() or any(layer.base_layer.training and layer.dropout for layer in self._carriers):
             raise UserError(
@@ -137,12 +159,20 @@ class FusedExperts(NetworkHook):
             )
         step = self.state.step
         assert step is not None  # the reader's hook runs before this one
-        scales = [scale for scale in self.state.active_scales() if scale.constant_gate]
-        t = set(step.t.tolist())
-        owners = {tuple(scale.partition.index_of(value) for scale in scales) for value in t}
-        self.hold(dict(zip([s.name for s in scales], owners.pop(), strict=True)) if len(owners) == 1 else {})
+        held = {self._wanted_at(t) for t in set(step.t.tolist())}
+        self.hold(held.pop() if len(held) == 1 else NOTHING)
         if self._held:
             self.state.step = FusedStep(**{item.name: getattr(step, item.name) for item in fields(step)})
+
+    def _wanted_at(self, t: float) -> Held:
+        scales, spec = self.state.active_scales(), self.state.spec
+        place = None
+        if _gates_fully(self.state):
+            index = TimestepIndex.of(torch.tensor([t]), spec.router, spec.num_train_timesteps)
+            place = (int(index.row), None if index.fraction is None else float(index.fraction))
+        else:
+            scales = tuple(scale for scale in scales if scale.constant_gate)
+        return Held(tuple((scale.name, scale.partition.index_of(t)) for scale in scales), place)
 
     def check_mode(self, mode: Mode) -> None:
         """Refuse mode ``foster``."""
@@ -151,13 +181,13 @@ class FusedExperts(NetworkHook):
 
     def close(self, network: nn.Module) -> None:  # noqa: ARG002 - its layers are known
         """Put W0 back, to the byte, and drop the copies."""
-        self.hold({})
+        self.hold(NOTHING)
         for layer in self.layers:
             del layer.base_layer.unfused_weight
 
     @torch.no_grad()
-    def hold(self, owners: Mapping[str, int]) -> None:
-        """Put these experts into the weights, by scale, and no others.
+    def hold(self, held: Held) -> None:
+        """Put these experts into the weights, and no others.
 
         Nothing is done where the weights hold them already and no expert has changed since.
 
@@ -166,7 +196,7 @@ class FusedExperts(NetworkHook):
                 unfused.
         """
         versions = self._read_versions()
-        if owners == self._held and (not owners or versions == self._versions):
+        if held == self._held and (not held or versions == self._versions):
             return
         if _fused_loras(self._network) != self._loras:
             raise UserError(
@@ -176,26 +206,27 @@ class FusedExperts(NetworkHook):
         self._held = None  # in case one of the layers fails
         for layer in self.layers:
             _require_plain_weight(layer)  # it may have been offloaded since
-            _weight(layer).copy_(fused_weight(layer, owners) if owners else _kept_weight(layer))
-            if owners:
+            _weight(layer).copy_(fused_weight(layer, held) if held else _kept_weight(layer))
+            if held:
                 layer.forward = MethodType(_forward_fused, layer)  # type: ignore[method-assign]
             else:
                 vars(layer).pop("forward", None)
-        self._held, self._versions = dict(owners), versions
+        self._held, self._versions = held, versions
 
     def _read_versions(self) -> list[int]:
-        """How often each expert tensor was changed in place; inference tensors do not count."""
-        parameters = [parameter for layer in self.layers for parameter in layer.experts.parameters()]
+        """How often each tensor of experts and routers was changed in place; inference tensors do not count."""
+        parameters = [parameter for layer in self.layers for parameter in layer.parameters()]
         return [0 if parameter.is_inference() else parameter._version for parameter in parameters]
 
 
-def fused_weight(layer: MixtureLayer, owners: Mapping[str, int]) -> Tensor:
+def fused_weight(layer: MixtureLayer, held: Held) -> Tensor:
     """``W0 + sum_j gate_j * (alpha_j / r_j) * B_j[i_j] A_j[i_j]`` in fp32 or wider, shaped like the weight.
 
     Args:
         layer: with its kept weight W0.
-        owners: i_j, the expert of each active scale.
+        held: i_j, the expert of each active scale, and where its gates are in the routers' tables.
     """
+    owners, gates = dict(held.experts), _gates_of(layer, held)
     kept = _kept_weight(layer)
     with torch.autocast(kept.device.type, enabled=False):
         total = kept.to(torch.promote_types(kept.dtype, torch.float32)).flatten(1)
@@ -204,8 +235,28 @@ def fused_weight(layer: MixtureLayer, owners: Mapping[str, int]) -> Tensor:
                 stack = cast("ExpertStack", layer.experts[scale.name])
                 index = torch.tensor([owners[scale.name]], device=stack.A.device)
                 down, up = (weight[0].to(total.dtype) for weight in stack.of(index))
-                total = torch.addmm(total, up, down, alpha=scale.constant_gate * scale.scaling)
+                gated = down if scale.name not in gates else gates[scale.name].to(total.dtype)[:, None] * down
+                constant = scale.constant_gate if scale.name not in gates else 1.0
+                total = torch.addmm(total, up, gated, alpha=constant * scale.scaling)
         return total.view(kept.shape)
+
+
+def _gates_fully(state: MixtureState) -> bool:
+    """Whether all gates of a call are known with its timestep, and so can stand in the weights."""
+    return state.mode == "route" and bool(state.spec.gated_scales) and state.spec.router.depends_on_t_alone
+
+
+def _gates_of(layer: MixtureLayer, held: Held) -> dict[str, Tensor]:
+    """The gates of the context scales at the held place; empty where gates are constant."""
+    if held.place is None or layer.router is None:
+        return {}
+    device = layer.router.base.device
+    row, fraction = held.place
+    index = TimestepIndex(
+        torch.tensor([row], device=device), None if fraction is None else torch.tensor([fraction], device=device)
+    )
+    gated = layer.state.spec.gated_scales
+    return {scale.name: gates for scale, gates in zip(gated, layer.gates_at(index), strict=True)}
 
 
 def _forward_fused(layer: MixtureLayer, x: Tensor, y: Tensor) -> Tensor:
@@ -215,7 +266,8 @@ def _forward_fused(layer: MixtureLayer, x: Tensor, y: Tensor) -> Tensor:
             f"{layer.name}: experts are fused into this layer's weight, for calls of the whole denoiser alone;"
             " unfuse(mixture) first"
         )
-    gated = layer.state.spec.gated_scales if layer.state.mode == "route" else ()
+    routes = layer.state.mode == "route" and not _gates_fully(layer.state)
+    gated = layer.state.spec.gated_scales if routes else ()
     return layer.add_experts(x, y, gated, only_routed=True) if gated else y
 
 

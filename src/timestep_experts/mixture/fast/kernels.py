@@ -20,6 +20,8 @@ from timestep_experts.mixture.fast.products import MAX_TERMS, add_planes, add_ro
 from timestep_experts.mixture.geometry import LayerGeometry
 from timestep_experts.mixture.kernels import Experts, Strength
 from timestep_experts.mixture.plain import mean_pool
+from timestep_experts.mixture.router import Router, gate_table
+from timestep_experts.mixture.router_form import TimestepIndex
 
 _PLAIN_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -34,6 +36,8 @@ class Tricks:
             written once.
         overwrite: without gradients, the base layer's own output is added to in place.
         conv_by_fold: a convolution by every row's own experts is a product and a sum (`_conv_by_fold`).
+        joined_tables: the tables of all routers are read as one.
+        gates_on_experts: gates that all samples and positions share are multiplied with B and not with the features.
         terms: while compiling, products of small rank are written term by term, so that they fuse with their
             surroundings.
     """
@@ -42,6 +46,8 @@ class Tricks:
     joined_scales: bool = True
     overwrite: bool = True
     conv_by_fold: bool = True
+    joined_tables: bool = True
+    gates_on_experts: bool = True
     terms: bool = True
 
 
@@ -54,6 +60,15 @@ class FastKernels:
     """
 
     tricks: Tricks = Tricks()
+
+    def read_tables(self, routers: Sequence[Router], index: TimestepIndex) -> Sequence[Tensor]:
+        """Join all tables and read them once: a network has hundreds, of a few numbers each."""
+        tables: list[Tensor] = [table for router in routers for table in router.tables]
+        if not self.tricks.joined_tables or len({table.device for table in tables}) > 1:
+            return [index.read(router.table().to(index.row.device)) for router in routers]
+        base = torch.cat([router.base for router in routers])
+        joined = gate_table(torch.cat(tables, 1), base, routers[0].form)
+        return torch.split(index.read(joined.to(index.row.device)), [table.shape[1] for table in tables], 1)
 
     def gather(
         self, stacks: Sequence[ExpertStack], expert_index: Sequence[Tensor], num_rows: int, groups: int
@@ -93,6 +108,16 @@ class FastKernels:
         """The largest rank of products that are written term by term now."""
         return MAX_TERMS if self.tricks.terms and torch.compiler.is_compiling() else 0
 
+    def by_scale(self, hidden: Sequence[Tensor], experts: Experts, geometry: LayerGeometry) -> Sequence[Tensor]:
+        """Views of the joined ranks; in a grouped convolution, each scale has its share of every group."""
+        rows = [h.transpose(1, 2) for h in hidden] if geometry.is_convolution else hidden
+        if len(rows) == len(experts.ups):
+            return rows
+        (joined,) = rows
+        by_group = torch.unflatten(joined, 2, (geometry.groups, -1))
+        parts = torch.split(by_group, [up.shape[-1] for up in experts.ups], 3)
+        return [part.flatten(2) for part in parts]
+
     def add(
         self,
         base_layer: nn.Module,
@@ -110,6 +135,11 @@ class FastKernels:
             y = self._add_joined(y, h, [up], [strength], geometry, in_place)
         return y
 
+    def _suits_experts(self, strength: Tensor, geometry: LayerGeometry) -> bool:
+        """Whether a strength can be multiplied with B ``(B, d, r / groups)``."""
+        is_shared = strength.shape[:2] == (1, 1) and (geometry.groups == 1 or strength.shape[2] == 1)
+        return self.tricks.gates_on_experts and is_shared
+
     def _add_joined(
         self,
         y: Tensor,
@@ -119,11 +149,13 @@ class FastKernels:
         geometry: LayerGeometry,
         in_place: bool,
     ) -> Tensor:
-        if all(isinstance(strength, float) for strength in strengths):
-            ups = [up if strength == 1 else up * strength for up, strength in zip(ups, strengths, strict=True)]
+        if all(isinstance(s, float) or self._suits_experts(s, geometry) for s in strengths):
+            ups = [
+                up if isinstance(strength, float) and strength == 1 else (up * strength).to(up.dtype)
+                for up, strength in zip(ups, strengths, strict=True)
+            ]
         else:  # on the features, so that samples of one t share B whatever their gates are
-            spread = _over_ranks(strengths, ups).to(hidden.dtype)
-            spread = spread if geometry.groups == 1 else spread.repeat(1, 1, geometry.groups)
+            spread = _over_ranks(strengths, ups, geometry.groups).to(hidden.dtype)
             hidden = hidden * (spread.transpose(1, 2) if geometry.is_convolution else spread)
         ups = _same_length([up.to(hidden.dtype) for up in ups])  # under autocast the first product has chosen the dtype
         add = add_planes if geometry.is_convolution else add_rows
@@ -137,13 +169,17 @@ def _may_be_overwritten(base_layer: nn.Module) -> bool:
     return is_plain and not is_seen and not torch.is_grad_enabled()
 
 
-def _over_ranks(strengths: Sequence[Strength], ups: Sequence[Tensor]) -> Tensor:
-    """Repeat strengths over the ranks of one group, ``(B, 1, R)`` or ``(B, N, R)``."""
-    shape = next(strength.shape for strength in strengths if isinstance(strength, Tensor))
-    parts = [
-        s[..., None] if isinstance(s, Tensor) else up.new_full((1,), s) for s, up in zip(strengths, ups, strict=True)
-    ]
-    return torch.cat([part.expand(*shape, up.shape[-1]) for part, up in zip(parts, ups, strict=True)], -1)
+def _over_ranks(strengths: Sequence[Strength], ups: Sequence[Tensor], groups: int) -> Tensor:
+    """Strengths of all joined ranks, group by group: ``(B, 1, R)`` or ``(B, N, R)``."""
+    if len(strengths) == 1 and isinstance(strengths[0], Tensor):
+        return strengths[0]
+    shape = next(strength.shape[:2] for strength in strengths if isinstance(strength, Tensor))
+    parts = []
+    for strength, up in zip(strengths, ups, strict=True):
+        own = strength if isinstance(strength, Tensor) else up.new_full((1, 1, 1), strength)
+        by_group = torch.unflatten(own, 2, (groups, -1)) if own.shape[2] > 1 else own[..., None]
+        parts.append(by_group.expand(*shape, groups, up.shape[-1]))
+    return torch.cat(parts, 3).flatten(2)
 
 
 def _same_length(tensors: Sequence[Tensor]) -> list[Tensor]:
