@@ -153,7 +153,7 @@ def test_dropout_must_leave_something(dropout):
 
 
 def test_smooth_table_needs_two_knots():
-    with pytest.raises(ValueError, match="at least 2 knots; got 1"):
+    with pytest.raises(ValueError, match="at least 2 knots, ascending from 0 to T; got 1"):
         RouterForm(knots=1)
 
 

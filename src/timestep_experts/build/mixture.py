@@ -22,7 +22,7 @@ from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, RouterForm, Scale, asymmetric
 from timestep_experts.models import Family
 
-_MOST_RANKS = 16
+_MOST_RANKS, _REPORTED = 16, 8
 
 
 def build_spec(method: FosterConfig | DistillConfig, num_train_timesteps: int) -> MixtureSpec:
@@ -99,8 +99,14 @@ def build_partition(method: MethodConfig, num_train_timesteps: int) -> Partition
 
 
 def build_reported_partition(recipe: Recipe, num_train_timesteps: int) -> Partition:
-    """The intervals by which all rows of a run are reported, and merges are weighed: those of the main variant."""
-    return build_partition(recipe.method, num_train_timesteps)
+    """The intervals by which all rows of a run are reported, and merges are weighed.
+
+    If the recipe does not say, they are those of the main variant. One interval alone would not tell what happens at
+    which noise level, so eighths stand for it.
+    """
+    own = build_partition(recipe.method, num_train_timesteps)
+    number = recipe.evaluation.intervals or (_REPORTED if len(own) == 1 else None)
+    return own if number is None else Partition.uniform(number, num_train_timesteps)
 
 
 def build_targets(

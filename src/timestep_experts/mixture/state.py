@@ -42,7 +42,7 @@ class StepContext:
 
 
 def per_row(values: Tensor, num_rows: int) -> Tensor:
-    """Spread values per sample ``(B, ...)`` over a layer's rows; a single one ``(1, ...)`` stays one for all of them."""
+    """Spread values per sample ``(B, ...)`` over a layer's rows; a single one ``(1, ...)`` serves all of them."""
     repeats = num_rows // len(values)  # a layer may see frames or views of one sample as rows, next to each other
     return values if len(values) == 1 or repeats == 1 else values.repeat_interleave(repeats, 0)
 

@@ -37,7 +37,8 @@ class Tricks:
         overwrite: without gradients, the base layer's own output is added to in place.
         conv_by_fold: a convolution by every row's own experts is a product and a sum (`_conv_by_fold`).
         joined_tables: the tables of all routers are read as one.
-        gates_on_experts: gates that all samples and positions share are multiplied with B and not with the features.
+        gates_on_experts: gates that all positions share are multiplied with B and not with the features, where B is
+            smaller.
         terms: while compiling, products of small rank are written term by term, so that they fuse with their
             surroundings.
     """
@@ -135,10 +136,17 @@ class FastKernels:
             y = self._add_joined(y, h, [up], [strength], geometry, in_place)
         return y
 
-    def _suits_experts(self, strength: Tensor, geometry: LayerGeometry) -> bool:
-        """Whether a strength can be multiplied with B ``(B, d, r / groups)``."""
-        is_shared = strength.shape[:2] == (1, 1) and (geometry.groups == 1 or strength.shape[2] == 1)
-        return self.tricks.gates_on_experts and is_shared
+    def _suit_experts(
+        self, strengths: Sequence[Strength], hidden: Tensor, ups: Sequence[Tensor], geometry: LayerGeometry
+    ) -> bool:
+        """Whether strengths are better multiplied with B ``(B, d, r)`` than with the features."""
+        gates = [strength for strength in strengths if isinstance(strength, Tensor)]
+        if not gates or not self.tricks.gates_on_experts:
+            return not gates
+        is_possible = all(gate.shape[1] == 1 and (geometry.groups == 1 or gate.shape[2] == 1) for gate in gates)
+        is_shared = all(len(gate) == 1 for gate in gates)
+        num_positions = hidden.shape[2 if geometry.is_convolution else 1]
+        return is_possible and (is_shared or num_positions > geometry.out_features)
 
     def _add_joined(
         self,
@@ -149,7 +157,7 @@ class FastKernels:
         geometry: LayerGeometry,
         in_place: bool,
     ) -> Tensor:
-        if all(isinstance(s, float) or self._suits_experts(s, geometry) for s in strengths):
+        if self._suit_experts(strengths, hidden, ups, geometry):
             ups = [
                 up if isinstance(strength, float) and strength == 1 else (up * strength).to(up.dtype)
                 for up, strength in zip(ups, strengths, strict=True)
