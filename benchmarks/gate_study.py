@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
-from over_seeds import run_seed
 from rich.console import Console
 from rich.table import Table
 
+from over_seeds import run_seed
 from timestep_experts.config import load_recipe
 from timestep_experts.formats.atomic import write_json
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from conftest import max_error, random_pictures, scales
 from timestep_experts.data import EncodedDataset
 from timestep_experts.intervals import Interval, Partition
-from timestep_experts.mixture import Mixture, MixtureSpec
+from timestep_experts.mixture import Mixture, MixtureSpec, RouterForm, Scale
 from timestep_experts.models import StableDiffusion
 from timestep_experts.objectives import squared_error
 from timestep_experts.training import (
@@ -25,6 +25,7 @@ from timestep_experts.training import (
     foster,
 )
 from timestep_experts.training.batches import Batch, BatchPlan
+from timestep_experts.training.ema import Averaged
 from timestep_experts.training.log import read_log
 from timestep_experts.training.loop import Observer, run_stage
 from timestep_experts.training.param_group import learning_rate_factor
@@ -190,6 +191,92 @@ def test_assembling_leaves_the_experts_bytes_unchanged(family: StableDiffusion, 
     after = experts(mixture)
     assert all(torch.equal(before[key], after[key]) for key in before if ".experts." in key)
     assert all(not torch.equal(before[key], after[key]) for key in before if key.endswith("router.F"))
+
+
+GATES = RouterForm("rank", "z_and_t", "latent_rms", knots=5, unit_rms=True)
+
+
+def gated(family: StableDiffusion) -> Mixture:
+    spec = MixtureSpec((Scale("n1", Partition.uniform(1), 3, 3, gated=True, base_gate=1.0),), GATES)
+    return Mixture.attach(family.denoiser, spec, TARGETS, seed=3)
+
+
+def joint_settings(steps: int, **options: object) -> FosterSettings:
+    rates = RouterRates(1e-3, 0.05, weight_decay=0.0, max_grad_norm=0.5)
+    return FosterSettings("joint", 4, {"n1": [1e-2]}, {"n1": [steps]}, 0.25, 5, router=rates, **options)
+
+
+def test_routers_learn_together_with_experts(family: StableDiffusion, tmp_path: Path) -> None:
+    mixture = gated(family)
+    before = experts(mixture)
+    (stage,) = foster(mixture, joint_settings(3))
+    assert [(g.name, g.learning_rate, g.weight_decay, g.max_grad_norm) for g in stage.param_groups] == [
+        ("n1.0", 1e-2, None, None),
+        ("router.F", 1e-3, 0.0, 0.5),
+        ("router.E", 0.05, 0.0, 0.5),
+    ]
+    run(stage, mixture, family, tmp_path, ADAMW)
+    assert mixture.mode == "route"
+    after = experts(mixture)
+    assert all(not torch.equal(before[key], after[key]) for key in before)
+
+
+def test_routers_learn_with_joint_experts_alone(family: StableDiffusion) -> None:
+    with pytest.raises(ValueError, match="fostered jointly, not independent"):
+        foster(gated(family), replace(joint_settings(3), method="independent"))
+
+
+def test_gates_and_averages_resume_to_the_same_bytes(family: StableDiffusion, tmp_path: Path) -> None:
+    def train(folder: Path, observe: Observer | None) -> dict[str, torch.Tensor]:
+        mixture = gated(family)
+        (stage,) = foster(mixture, joint_settings(8))
+        averaged = Averaged(mixture, stage.parameters(), 0.9)
+        training = Training(replace(stage, after_step=averaged.follow), averaged, family)
+        settings = LoopSettings(ADAMW, checkpointing_steps=2, validation_steps=1)
+        try:
+            run_stage(training, random_pictures(6, family), settings, folder, {"run": "law"}, observe)
+            averaged.settle()
+            return experts(mixture)
+        finally:
+            mixture.detach()
+
+    def kill(step: int, log: object) -> None:
+        if step == 5:
+            raise PowerCutError
+
+    whole = train(tmp_path / "whole", None)
+    with pytest.raises(PowerCutError):
+        train(tmp_path / "killed", kill)
+    resumed = train(tmp_path / "killed", None)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert (tmp_path / "whole" / "result.safetensors").read_bytes() == (
+        tmp_path / "killed" / "result.safetensors"
+    ).read_bytes()
+
+
+def test_what_is_kept_is_the_average_of_what_was_learnt(family: StableDiffusion, tmp_path: Path) -> None:
+    mixture = gated(family)
+    (stage,) = foster(mixture, joint_settings(4))
+    averaged, seen = Averaged(mixture, stage.parameters(), 0.9), [experts(mixture)]
+
+    def follow(step: int) -> None:
+        averaged.follow(step)
+        seen.append(experts(mixture))
+
+    training = Training(replace(stage, after_step=follow), averaged, family)
+    run_stage(training, random_pictures(6, family), LoopSettings(ADAMW), tmp_path, {"run": "law"})
+    with averaged.observed():
+        inside = experts(mixture)
+    assert all(torch.equal(value, seen[-1][key]) for key, value in experts(mixture).items())
+    averaged.settle()
+    for key, value in experts(mixture).items():
+        mean = seen[0][key].double()
+        for step in range(1, 5):
+            decay = min(0.9, (1 + step) / (10 + step))
+            mean = decay * mean + (1 - decay) * seen[step][key].double()
+        assert torch.allclose(value.double(), mean, atol=1e-6)  # fp32 sums of four terms
+        assert torch.equal(value, inside[key])
+        assert not torch.equal(value, seen[-1][key])
 
 
 def test_assembling_without_a_context_is_refused(family: StableDiffusion) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from timestep_experts.data import Dataset
     from timestep_experts.jobs.methods import Decoupling, Distilling, LowRankMethod, Method
     from timestep_experts.jobs.plan import StagePlan
+    from timestep_experts.mixture import RouterForm
 
 M = TypeVar("M", bound="LowRankMethod | Decoupling")
 USER_ERROR = 2
@@ -274,6 +275,29 @@ app.command("extract-lora")(merging.extract_lora)
 app.command()(merging.analyse)
 
 
+@app.command("fold-gates")
+def fold_gates(
+    bundle: Annotated[Path, typer.Argument(help="A bundle whose gates depend on t alone.")],
+    output: Annotated[Path, typer.Option(help="Folder of the bundle to be made.")],
+    intervals: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="Make smooth gates constant on so many intervals."),
+    ] = None,
+) -> None:
+    """Turn a routed bundle into one that switches plain LoRAs, with its gates folded into them."""
+    from timestep_experts.formats import load_bundle, save_bundle
+    from timestep_experts.weights.lora import check_folder_to_make
+    from timestep_experts.weights.switchable import to_switchable
+
+    check_folder_to_make(output)
+    loaded = load_bundle(bundle)
+    partition = None if intervals is None else Partition.uniform(intervals, loaded.spec.num_train_timesteps)
+    folded = to_switchable(loaded, partition)
+    save_bundle(folded.bundle, output)
+    console.print(f"made {escaped(output)}: {len(folded.partition)} experts per scale", soft_wrap=True)
+    console.print(f"its gates differ from the routed ones by {100 * folded.error:.2f} % (root mean square)")
+
+
 @app.command()
 def show(bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")]) -> None:
     """Print what a bundle is and how it was made."""
@@ -287,12 +311,26 @@ def show(bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")]) -> 
         row = [scale.name, role, f"{scale.constant_gate:g}", str(scale.rank), f"{scale.alpha:g}", count]
         table.add_row(*row, escaped(scale.partition))
     console.print(table)
+    if loaded.spec.gated_scales:
+        console.print(f"routers: {_describe(loaded.spec.router)}")
     stored = sum(value.numel() for value in loaded.tensors.values())
     console.print(f"for a {loaded.denoiser_class} ({escaped(loaded.base_model)}), {len(loaded.target_modules)} modules")
     console.print(f"{stored:,} parameters stored; meant to be used in mode [bold]{loaded.mode}[/], and sampled with")
     console.print_json(loaded.sampling.model_dump_json(exclude_none=True))
     console.print("made by")
     console.print_json(json.dumps(dict(loaded.provenance)))
+
+
+def _describe(form: RouterForm) -> str:
+    """The form of routers in a sentence."""
+    heard = {"z_and_t": "t and the layer's input", "z": "the layer's input", "t": "t"}[form.inputs]
+    heard += " (the size of its latents)" if form.hears_latents else ""
+    said = f"one gate per {form.gates} and {form.positions}, which hears {heard}"
+    if not form.has_table:
+        return said
+    rows = "a row for every t" if form.knots is None else f"knots {escaped(form.knots)}"
+    rows = rows if form.intervals is None else f"a row for each of {escaped(form.intervals)}"
+    return f"{said}; the table over t has {rows}" + (" and unit size" if form.unit_rms else "")
 
 
 @app.command()

@@ -21,7 +21,7 @@ from timestep_experts.formats.atomic import atomic_path, write_json
 from timestep_experts.formats.dtypes import DTYPES, parse_dtype
 from timestep_experts.formats.lora import one_expert_bundle, save_lora, updates_of
 from timestep_experts.inference import attach, detach
-from timestep_experts.intervals import Interval
+from timestep_experts.intervals import Interval, Partition
 from timestep_experts.merging import LowRank, Truncated, Weights, truncate, weighted_sum
 from timestep_experts.mixture.carriers import named_layers
 from timestep_experts.mixture.geometry import LayerGeometry
@@ -29,8 +29,10 @@ from timestep_experts.models import read_meta_model, resolve_model
 from timestep_experts.weights.measured import MeasuredBase
 from timestep_experts.weights.search import Search, search_weights, write_search
 from timestep_experts.weights.search_methods import SearchSettings
+from timestep_experts.weights.switchable import to_switchable
 
 RECORD = "merge.json"
+_PIECES = 8
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def merge_lora(
 ) -> MergedLora:
     """Merge the experts of a bundle into one LoRA that diffusers, PEFT and others load; whole or not at all.
 
-    Routers have no part in it. Every layer has the asked rank; where that is more than it can use, the rest is 0.
+    Gates that depend on t alone are folded into the experts first; others have no part in it. Every layer has the asked
+    rank; where that is more than it can use, the rest is 0.
 
     Args:
         bundle_path: the bundle's folder.
@@ -107,7 +110,7 @@ def merge_lora(
     check_folder_to_make(output)
     if search is not None and (measured is None or settings.weights is not None):
         raise UserError("a search for weights needs a base and pictures to measure losses on, and no weights")
-    bundle = load_bundle(bundle_path)
+    bundle = with_folded_gates(load_bundle(bundle_path))
     if measured is None:
         return write_merged(bundle_path, output, settings)
     seed = measured.seed if search is None else search.seed
@@ -134,7 +137,7 @@ def write_merged(
     Raises:
         UserError: as `merge_lora`.
     """
-    bundle = load_bundle(bundle_path)
+    bundle = with_folded_gates(load_bundle(bundle_path))
     model = settings.model or bundle.base_model
     parts, layers = read_parts(bundle, resolve_model(model))
     labels, shares = label_experts(bundle), expert_shares(bundle)
@@ -162,6 +165,18 @@ def write_merged(
         if bench is not None and found is not None:
             bench.write(draft / "search.json", found, portable(bundle_path))
     return merged
+
+
+def with_folded_gates(bundle: Bundle) -> Bundle:
+    """The same bundle, or where its gates depend on t alone, one that switches experts with their gates in them.
+
+    Smooth gates become constant on the strata of its scales, of which a single one is cut into eighths.
+    """
+    spec = bundle.spec
+    if bundle.mode != "route" or not spec.gated_scales or not spec.router.depends_on_t_alone:
+        return bundle
+    strata = spec.strata if len(spec.strata) > 1 else Partition.uniform(_PIECES, spec.num_train_timesteps)
+    return to_switchable(bundle, spec.router.intervals or strata).bundle
 
 
 def read_parts(bundle: Bundle, model: str) -> tuple[dict[str, list[LowRank]], dict[str, LayerGeometry]]:

@@ -136,9 +136,7 @@ class FastKernels:
             y = self._add_joined(y, h, [up], [strength], geometry, in_place)
         return y
 
-    def _suit_experts(
-        self, strengths: Sequence[Strength], hidden: Tensor, ups: Sequence[Tensor], geometry: LayerGeometry
-    ) -> bool:
+    def _suit_experts(self, strengths: Sequence[Strength], hidden: Tensor, geometry: LayerGeometry) -> bool:
         """Whether strengths are better multiplied with B ``(B, d, r)`` than with the features."""
         gates = [strength for strength in strengths if isinstance(strength, Tensor)]
         if not gates or not self.tricks.gates_on_experts:
@@ -157,7 +155,7 @@ class FastKernels:
         geometry: LayerGeometry,
         in_place: bool,
     ) -> Tensor:
-        if self._suit_experts(strengths, hidden, ups, geometry):
+        if self._suit_experts(strengths, hidden, geometry):
             ups = [
                 up if isinstance(strength, float) and strength == 1 else (up * strength).to(up.dtype)
                 for up, strength in zip(ups, strengths, strict=True)
