@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart cifar10 bench test test-slow test-faults fuzz mutants lint types format clean assets
+.PHONY: help .venv quickstart comparison cifar10 bench test test-slow test-faults fuzz mutants lint types format clean assets
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' Makefile
@@ -16,8 +16,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-quickstart: $(INSTALLED)  ## Train and compare timestep experts on the embedded world
+quickstart: $(INSTALLED)  ## Train a LoRA with gates over the noise level beside a plain one (about five minutes)
 	$(BIN)/timestep-experts run recipes/quickstart.yaml
+
+comparison: $(INSTALLED)  ## The same with every kind of experts, and copies, and the LoRAs that are fair rivals (half an hour)
+	$(BIN)/timestep-experts run recipes/comparison.yaml
 
 WORK := work/cifar10
 SEEDS ?= 0 1

@@ -1,6 +1,6 @@
 """One figure from a finished run: rows are trained variants, columns are prompts, all from the same seeds.
 
-Run: python benchmarks/side_by_side.py runs/quickstart --rows base-off lora-r32-x8-switch main-route \
+Run: python benchmarks/side_by_side.py runs/comparison --rows base-off lora-r32-x8-switch main-route \
          --output docs/images/quickstart.png
 
 Of clips, each prompt fills several columns: evenly spaced frames (``--frames``).

@@ -44,7 +44,15 @@ SAMPLES = {"videocrafter2": 5000 * 32, "wan21": 4000 * 8, "wan22": 4000 * 8}
 
 def test_every_recipe_is_tested() -> None:
     assert {path.stem for path in FOLDER.glob("papers/*.yaml")} == {*BASES, *DISTILLED, *DECOUPLED}
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == {"quickstart", "emoji", "lpc", "distill", "cifar10"}
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {
+        "quickstart",
+        "comparison",
+        "gates",
+        "emoji",
+        "lpc",
+        "distill",
+        "cifar10",
+    }
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.yaml")), ids=lambda path: path.stem)
@@ -80,7 +88,7 @@ def test_a_papers_recipe_of_full_copies_fits_its_base(name: str, tmp_path: Path)
 
 
 def test_the_shipped_base_can_be_planned(tmp_path: Path) -> None:
-    recipe = load_recipe(FOLDER / "quickstart.yaml", [f"output_dir={tmp_path}"])
+    recipe = load_recipe(FOLDER / "comparison.yaml", [f"output_dir={tmp_path}"])
     plan = [stage for method in methods_of(recipe) for stage in method.plan()]
     stored = {stage.variant: stage.trainable for stage in plan if stage.stage == "foster-joint"}
     assert stored["main"] == stored["lora-r32"] == 8 * stored["lora-r4"]  # parameter-matched

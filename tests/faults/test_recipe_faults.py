@@ -16,7 +16,7 @@ from timestep_experts.config import Recipe, load_recipe, parse_recipe
 from timestep_experts.errors import UserError
 from timestep_experts.formats.yaml_text import parse_yaml, yaml_text
 
-QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "comparison.yaml"
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 SMALL: dict[str, Any] = {
     "output_dir": "runs/x",
