@@ -13,6 +13,7 @@ start       until experts can be used: attached, loaded from a folder, fused in
 growth      cost against the number of experts, of contexts, rank, batch and tokens, beside a formula
 gap         what a profiler sees more of than beside the bare layer
 tricks      what each trick of the fast arithmetic is worth: a routed mixture without it, beside one with all
+gates       gates per rank on a LoRA of rank 32, beside the same LoRA without gates
 
 Every variant runs once per round, in an order that moves on, after a warm-up; a ratio is the median over rounds of its
 time over the base's right before it. On a GPU: CUDA events, bf16, torch.compile with CUDA graphs. On the CPU: fp32,
@@ -39,6 +40,7 @@ from transformers.utils import logging as transformers_logging
 
 from speed_cases import Case, denoiser_cases, layer_cases
 from speed_gap import gap
+from speed_gates import gates
 from speed_growth import Sizes, describe, grow
 from speed_passes import Findings, Setting, build, compiler_problem, measure
 from speed_report import print_tables, save_growth, save_ratios
@@ -50,7 +52,7 @@ from speed_variants import PASSES, VARIANTS, Form, Pass
 from speed_world import draw
 from timestep_experts.formats.atomic import write_json
 
-SECTIONS = ("layers", "denoisers", "world", "start", "growth", "gap", "tricks")
+SECTIONS = ("layers", "denoisers", "world", "start", "growth", "gap", "tricks", "gates")
 LIST_CASES: dict[str, Callable[..., list[Case]]] = {"layers": layer_cases, "denoisers": denoiser_cases}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESULTS = Path(__file__).parent / "results"
@@ -131,7 +133,7 @@ def choose_device(name: str) -> torch.device:
 def kinds(section: str, asked: bool | None, problem: str, device: torch.device, findings: Findings) -> Iterator[bool]:
     """Eager, and compiled where that is wanted and works; what is left out is said."""
     yield False
-    everywhere = device.type == "cuda" or section in ("layers", "tricks")
+    everywhere = device.type == "cuda" or section in ("layers", "tricks", "gates")
     if section in ("start", "growth", "gap") or asked is False:
         return
     if asked is None and not everywhere:
@@ -190,6 +192,8 @@ def run_section(section: str, setting: Setting, options: argparse.Namespace, con
         return grow(replace(setting, memory=False), quick=quick)
     if section == "gap":
         return gap(setting, FORM, quick=quick)
+    if section == "gates":
+        return gates(setting, FORM, quick=quick, console=console)
     if section == "tricks":
         return tricks(setting, FORM, quick=quick, console=console)
     findings = Findings()

@@ -52,7 +52,7 @@ def print_tables(console: Console, section: str, rows: Sequence[Row], skipped: S
     if section == "gap":
         _print_gap(console, rows)
         return
-    other = "a mixture with all tricks" if section == "tricks" else "the base"
+    other = {"tricks": "a mixture with all tricks", "gates": "one LoRA without gates"}.get(section, "the base")
     for compiled in (False, True):
         own = [row for row in rows if row["compiled"] is compiled]
         if own:
@@ -152,9 +152,8 @@ def _ratio(row: Row | None) -> str:
 
 def save_ratios(path: Path, sections: Mapping[str, Sequence[Row]], title: str) -> None:
     """Every case and variant as a dot with its quartiles, one column per pass; hollow dots are compiled."""
-    sections = {
-        name: rows for name, rows in sections.items() if name not in ("start", "growth", "gap", "tricks") and rows
-    }
+    left_out = ("start", "growth", "gap", "tricks", "gates")
+    sections = {name: rows for name, rows in sections.items() if name not in left_out and rows}
     if not sections:
         return
     cases = {name: list(dict.fromkeys(row["case"] for row in rows)) for name, rows in sections.items()}

@@ -40,7 +40,22 @@ def variants() -> dict[str, Maker]:
 
 def tricks(setting: Setting, form: Form, *, quick: bool, console: Console) -> Findings:
     """Layers under every pass, and eager also a whole UNet and the embedded world."""
-    form, makers = replace(form, num_contexts=1), variants()
+    return compare(variants(), ALL, setting, replace(form, num_contexts=1), quick=quick, console=console)
+
+
+def compare(
+    makers: Mapping[str, Maker], first: str, setting: Setting, form: Form, *, quick: bool, console: Console
+) -> Findings:
+    """Variants beside one of them.
+
+    Args:
+        makers: the one that others are divided by stands first, under the name of the base.
+        first: what it is called in the table.
+        setting: device, dtype and time.
+        form: of what is attached.
+        quick: tiny sizes.
+        console: for the status.
+    """
     setting = replace(setting, memory=False)
     findings = Findings()
     cases = layer_cases(setting.device, quick=True) if quick else _layers()
@@ -53,7 +68,7 @@ def tricks(setting: Setting, form: Form, *, quick: bool, console: Console) -> Fi
     if not setting.compiled:
         findings.rows += draw(setting, form, quick=quick, makers=makers).rows
     for row in findings.rows:
-        row["variant"] = ALL if row["variant"] == BASE else row["variant"]
+        row["variant"] = first if row["variant"] == BASE else row["variant"]
     return findings
 
 

@@ -127,7 +127,7 @@ def make_switch(model: nn.Module, targets: Sequence[str], form: Form, kind: Pass
     twin = twin_of(model)
     mixture = _attach(twin, targets, replace(form, num_contexts=0))
     mixture.mode = "switch"
-    return _variant_of(twin, mixture)
+    return variant_of(twin, mixture)
 
 
 def make_route(
@@ -142,7 +142,7 @@ def make_route(
     twin = twin_of(model)
     mixture = _attach(twin, targets, form, kernels)
     mixture.mode = "route"
-    return _variant_of(twin, mixture)
+    return variant_of(twin, mixture)
 
 
 def make_fused_in(model: nn.Module, targets: Sequence[str], form: Form, kind: Pass, ts: list[float]) -> Variant:  # noqa: ARG001
@@ -213,12 +213,16 @@ def _name_adapters(names: list[str]) -> Callable[..., Any]:
 
 
 def _attach(model: nn.Module, targets: Sequence[str], form: Form, kernels: Kernels | None = None) -> Mixture:
-    """A mixture of random experts and routers in the base's dtype; nothing of it is zero."""
     contexts = [
         Scale(f"context{i}", Partition.uniform(2**i), form.rank, form.rank, gated=True)
         for i in range(form.num_contexts or 0)
     ]
     spec = MixtureSpec((Scale("core", Partition.uniform(form.num_experts), form.rank, form.rank), *contexts))
+    return attach(model, targets, spec, kernels)
+
+
+def attach(model: nn.Module, targets: Sequence[str], spec: MixtureSpec, kernels: Kernels | None = None) -> Mixture:
+    """A mixture of random experts and routers in the base's dtype; nothing of it is zero."""
     mixture = Mixture.attach(model, spec, list(targets), kernels=kernels)
     with torch.no_grad():
         for value in mixture.state_dict().values():
@@ -228,7 +232,8 @@ def _attach(model: nn.Module, targets: Sequence[str], form: Form, kernels: Kerne
     return mixture
 
 
-def _variant_of(model: nn.Module, mixture: Mixture) -> Variant:
+def variant_of(model: nn.Module, mixture: Mixture) -> Variant:
+    """A network with its mixture, all of which is trained."""
     parts = (part for layer in mixture.layers.values() for part in (layer.experts, layer.router) if part is not None)
     return Variant(model, [parameter for part in parts for parameter in part.parameters()])
 

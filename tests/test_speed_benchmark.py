@@ -28,6 +28,7 @@ MODULES = (
     "targets",
     "timing",
     "tricks",
+    "gates",
     "variants",
     "world",
 )
@@ -121,10 +122,21 @@ def test_attaching_loading_and_folding_are_timed_beside_loras(speed: SimpleNames
 def test_every_trick_is_left_out_once(speed: SimpleNamespace) -> None:
     makers = speed.tricks.variants()
     assert list(makers) == ["base", *(f"without {name}" for name in speed.tricks.TRICKS), "plain arithmetic"]
+    require_measured(speed, makers, speed.variants.Form(num_contexts=1))
+
+
+def test_gates_of_every_form_are_measured_beside_one_lora(speed: SimpleNamespace) -> None:
+    makers = speed.gates.variants()
+    assert list(makers) == ["base", "PEFT LoRA", *speed.gates.FORMS]
+    require_measured(speed, makers, speed.variants.Form(rank=4))
+
+
+def require_measured(speed: SimpleNamespace, makers: dict[str, Any], form: Any) -> None:
+    """Each variant is measured on one layer."""
     budget = speed.timing.Budget(1, 1, min_seconds=0.001)
     setting = speed.passes.Setting(torch.device("cpu"), torch.float32, budget, memory=False)
     (case, *_) = speed.cases.layer_cases(setting.device, quick=True)
-    base, form = speed.passes.build(case, setting), speed.variants.Form(num_contexts=1)
+    base = speed.passes.build(case, setting)
     rows = speed.passes.measure(case, base, speed.variants.MIXED_T, makers, form, setting).rows
     assert [row["variant"] for row in rows] == list(makers)
     assert all(row["ratio"] > 0 for row in rows)
