@@ -16,6 +16,7 @@ from timestep_experts.errors import UserError
 from timestep_experts.models import Family, MetaModel, read_meta_model, resolve_model
 from timestep_experts.models.quantization import quantised_bytes
 from timestep_experts.training import Training
+from timestep_experts.training.assemble import ROUTER
 from timestep_experts.training.memory import fake_networks, fake_pictures, step_peak
 from timestep_experts.training.optimiser import state_bytes
 from timestep_experts.training.stage import Stage
@@ -48,7 +49,7 @@ class StagePlan:
     Args:
         variant: the name of the variant.
         stage: the name of the stage.
-        num_experts: how many experts, or kinds of router parameters, learn in it.
+        num_experts: how many experts learn in it, or if there is none, how many kinds of router parameters.
         trainable: parameters that change.
         steps: optimiser steps.
         samples_per_expert: the fewest and the most that one of them sees.
@@ -90,11 +91,12 @@ def count_stage(variant: str, stage: Stage, optimiser: OptimizerConfig) -> Stage
     """
     check_optimiser(variant, stage, optimiser)
     batch = stage.plan.batch_size // len(stage.plan.strata)
-    seen = [round(group.max_train_steps * batch / group.gradient_share) for group in stage.param_groups]
+    experts = [group for group in stage.param_groups if not group.name.startswith(ROUTER)] or stage.param_groups
+    seen = [round(group.max_train_steps * batch / group.gradient_share) for group in experts]
     return StagePlan(
         variant=variant,
         stage=stage.name,
-        num_experts=len(stage.param_groups),
+        num_experts=len(experts),
         trainable=count_trained(stage),
         steps=stage.num_steps,
         samples_per_expert=(min(seen), max(seen)),

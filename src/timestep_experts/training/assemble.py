@@ -12,6 +12,9 @@ from timestep_experts.training.batches import BatchPlan
 from timestep_experts.training.param_group import ParamGroup, networks_by_rate
 from timestep_experts.training.stage import Denoising, Stage
 
+ROUTER = "router."
+"""How the names of param groups begin that hold parts of routers."""
+
 
 @dataclass(frozen=True)
 class RouterRates:
@@ -88,7 +91,7 @@ def router_param_groups(
     for (factor, weight_decay), networks in groups.items():
         maps, tables = mixture.router_parameters(networks)
         ending = f".{'+'.join(networks)}" if len(groups) > 1 else ""
-        kinds = [("router.F", maps, rates.learning_rate), ("router.E", tables, rates.table_learning_rate)]
+        kinds = [(f"{ROUTER}F", maps, rates.learning_rate), (f"{ROUTER}E", tables, rates.table_learning_rate)]
         param_groups += [
             ParamGroup(
                 name + ending,
