@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+RUNTIME := $(VENV)/.runtime
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
@@ -11,15 +12,21 @@ help:  ## List the targets
 
 .venv: $(INSTALLED)  ## Create the virtual environment (PYTHON chooses the interpreter, VENV the folder)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(RUNTIME): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(INSTALLED): $(RUNTIME)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-quickstart: $(INSTALLED)  ## Train a LoRA with gates over the noise level beside a plain one (about five minutes)
+# The networks of the embedded world are so small that one thread is as fast as two, and it minds no neighbour.
+quickstart: export OMP_NUM_THREADS ?= 1
+quickstart: $(RUNTIME)  ## Train a LoRA with gates over the noise level beside a plain one (about six minutes)
 	$(BIN)/timestep-experts run recipes/quickstart.yaml
 
-comparison: $(INSTALLED)  ## The same with every kind of experts, and copies, and the LoRAs that are fair rivals (half an hour)
+comparison: $(RUNTIME)  ## The same with every kind of experts, and copies, and the LoRAs that are fair rivals (half an hour)
 	$(BIN)/timestep-experts run recipes/comparison.yaml
 
 WORK := work/cifar10
