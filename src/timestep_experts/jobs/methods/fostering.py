@@ -164,7 +164,10 @@ class Fostering(LowRankMethod):
         return assemble(mixture, build_assemble_settings(self.recipe, self.assembling, base.text_encoders))
 
     def _memory(self, base: int, mixture: Mixture, stage: Stage, peak: int) -> Memory:
-        """Experts are fp32: their values, and the gradients and the optimiser's state of those that a stage changes."""
+        """Experts are fp32: their values, and of what a stage changes, averages, gradients and the optimiser's state."""
         stored = 4 * mixture.count_parameters().stored
         gradients = 4 * sum(parameter.numel() for parameter in stage.parameters())
-        return Memory(base, stored + gradients + optimiser_bytes(self._optimiser(stage), stage), peak - gradients)
+        averages = gradients if self.config.ema_decay is not None and stage.name != "assemble" else 0
+        return Memory(
+            base, stored + averages + gradients + optimiser_bytes(self._optimiser(stage), stage), peak - gradients
+        )
