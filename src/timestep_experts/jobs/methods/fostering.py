@@ -164,7 +164,7 @@ class Fostering(LowRankMethod):
         return assemble(mixture, build_assemble_settings(self.recipe, self.assembling, base.text_encoders))
 
     def _memory(self, base: int, mixture: Mixture, stage: Stage, peak: int) -> Memory:
-        """Experts are fp32: their values, and of what a stage changes, averages, gradients and the optimiser's state."""
+        """Experts are fp32: their values, and of what a stage changes, averages, gradients and optimiser's state."""
         stored = 4 * mixture.count_parameters().stored
         gradients = 4 * sum(parameter.numel() for parameter in stage.parameters())
         averages = gradients if self.config.ema_decay is not None and stage.name != "assemble" else 0
