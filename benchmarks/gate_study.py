@@ -15,15 +15,19 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from over_seeds import run_seed
 from timestep_experts.config import load_recipe
 from timestep_experts.formats.atomic import write_json
+from timestep_experts.report.figures import figure_style
+from timestep_experts.report.labels import PALETTE
 
 RECIPE = Path("recipes/gates.yaml")
 OUTPUT = Path("benchmarks/results/gates.json")
+BASE, LORA = "base", "lora-r33, switch"
 Rows = dict[str, dict[str, float]]
 
 
@@ -36,6 +40,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[3, 4, 5])
     parser.add_argument("--rows", nargs="+", help="names of variants; all if none is named")
     parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--figure", type=Path, help="a picture of everything there is")
     options = parser.parse_intermixed_args()
     stored = json.loads(options.output.read_text()) if options.output.is_file() else {}
     for budget, seed in product(options.budgets, options.seeds):
@@ -44,6 +49,8 @@ def main() -> None:
         write_json(options.output, stored)
     for table in tables(stored):
         Console(width=170).print(table)
+    if options.figure is not None:
+        draw(stored, options.figure)
 
 
 def measure(recipe: Path, overrides: Sequence[str], rows: Sequence[str] | None, budget: int, seed: int) -> Rows:
@@ -70,6 +77,29 @@ def tables(stored: dict[str, Rows]) -> Iterator[Table]:
             cells = [spread([row[name] for row in own]) for name in columns]
             table.add_row(label, f"{own[0]['stored'] / 1e3:.0f}", str(len(own)), *cells)
         yield table
+
+
+def draw(stored: dict[str, Rows], path: Path) -> None:
+    """Loss against stored parameters, and every row's loss by noise level beside the plain LoRA's, seed by seed."""
+    budgets = sorted({int(key.partition("/")[0][1:]) for key in stored})
+    labels = [label for label in dict.fromkeys(label for rows in stored.values() for label in rows) if label != BASE]
+    colours = dict(zip(labels, PALETTE, strict=False))
+    with figure_style():
+        figure = Figure((9.5, 3.2 * len(budgets)), layout="constrained")
+        for axes, budget in zip(figure.subplots(len(budgets), 2, squeeze=False), budgets, strict=True):
+            runs = [rows for key, rows in stored.items() if key.startswith(f"x{budget}/")]
+            for label, rows in ((label, rows) for rows in runs for label in labels if label in rows):
+                axes[0].plot(rows[label]["stored"] / 1e6, rows[label]["loss"], "o", color=colours[label], alpha=0.8)
+                names = [name for name in rows[label] if name.startswith("loss [")]
+                change = [100 * (rows[label][name] / rows[LORA][name] - 1) for name in names]
+                axes[1].plot(range(len(names)), change, ".-", color=colours[label], alpha=0.8)
+            axes[0].set(title=f"{budget} x the steps: loss against stored parameters (M), a dot per seed")
+            axes[1].set(title="loss by eighths of t, % beside the plain LoRA, a line per seed", xticks=range(8))
+            axes[1].set_xticklabels([f"{125 * i}" for i in range(8)])
+            for label in labels:
+                axes[0].plot([], [], "o", color=colours[label], label=label)
+            axes[0].legend(frameon=False, fontsize=8)
+        figure.savefig(path, dpi=150)
 
 
 def spread(values: Sequence[float]) -> str:
