@@ -25,7 +25,7 @@ from timestep_experts.formats import Bundle, save_bundle
 from timestep_experts.inference import attach, detach
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, Scale
-from timestep_experts.mixture.fast.fusing import FusedExperts
+from timestep_experts.mixture.fast.fusing import FusedExperts, Held
 
 ATTACH, LOAD, EXCHANGE, STEP = "attach", "load", "fuse another expert in", "one step"
 Jobs = dict[tuple[str, str], tuple[Callable[[], object], Callable[[], object]]]
@@ -98,10 +98,8 @@ def _step(network: nn.Module, case: Case, setting: Setting) -> Jobs:
 def _switched(network: nn.Module, spec: MixtureSpec, case: Case) -> Iterator[Jobs]:
     """Fold in the experts of another interval."""
     mixture = Mixture.attach(network, spec, list(case.targets))
-    fused, owners = (
-        FusedExperts(network, list(mixture.layers.values()), mixture.state),
-        cycle([{"core": 0}, {"core": 1}]),
-    )
+    fused = FusedExperts(network, list(mixture.layers.values()), mixture.state)
+    owners = cycle([Held((("core", 0),)), Held((("core", 1),))])
     fused.keep_weights()
     yield {(EXCHANGE, FUSED_IN): (lambda: fused.hold(next(owners)), lambda: None)}
     fused.close(network)
