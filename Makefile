@@ -21,9 +21,9 @@ $(INSTALLED): $(RUNTIME)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
-# The networks of the embedded world are so small that one thread is as fast as two, and it minds no neighbour.
+# The networks of the embedded world are so small that one thread is nearly as fast as two (benchmarks/neighbour.py).
 quickstart: export OMP_NUM_THREADS ?= 1
-quickstart: $(RUNTIME)  ## Train a LoRA with gates over the noise level beside a plain one (about six minutes)
+quickstart: $(RUNTIME)  ## Train a LoRA with gates over the noise level beside a plain one (seven minutes with the installation)
 	$(BIN)/timestep-experts run recipes/quickstart.yaml
 
 comparison: $(RUNTIME)  ## The same with every kind of experts, and copies, and the LoRAs that are fair rivals (half an hour)
@@ -54,10 +54,10 @@ test: lint types  ## Run all checks, then the fast tests
 	$(BIN)/pytest
 
 test-slow: $(INSTALLED)  ## Run the tests that train or render for minutes
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n 0 -m slow
 
 test-faults: $(INSTALLED)  ## Kill real runs, fill disks, start two at once (FAULTS adds options of pytest)
-	$(BIN)/pytest -m faults $(FAULTS)
+	$(BIN)/pytest -n 0 -m faults $(FAULTS)
 
 fuzz: $(INSTALLED)  ## Feed thousands of damaged files to all readers (FUZZ='--count 5000 --kind bundle')
 	$(BIN)/python scripts/fuzz.py $(FUZZ)

@@ -80,7 +80,10 @@ def tables(stored: dict[str, Rows]) -> Iterator[Table]:
 
 
 def draw(stored: dict[str, Rows], path: Path) -> None:
-    """Loss against stored parameters, and every row's loss by noise level beside the plain LoRA's, seed by seed."""
+    """Loss against stored parameters, and every row's loss by noise level beside the plain LoRA's, seed by seed.
+
+    Seeds without the plain LoRA are left out.
+    """
     budgets = sorted({int(key.partition("/")[0][1:]) for key in stored})
     labels = [label for label in dict.fromkeys(label for rows in stored.values() for label in rows) if label != BASE]
     colours = dict(zip(labels, PALETTE, strict=False))
@@ -88,7 +91,7 @@ def draw(stored: dict[str, Rows], path: Path) -> None:
         figure = Figure((9.5, 3.2 * len(budgets)), layout="constrained")
         for axes, budget in zip(figure.subplots(len(budgets), 2, squeeze=False), budgets, strict=True):
             runs = [rows for key, rows in stored.items() if key.startswith(f"x{budget}/")]
-            for label, rows in ((label, rows) for rows in runs for label in labels if label in rows):
+            for label, rows in ((label, rows) for rows in runs if LORA in rows for label in labels if label in rows):
                 axes[0].plot(rows[label]["stored"] / 1e6, rows[label]["loss"], "o", color=colours[label], alpha=0.8)
                 names = [name for name in rows[label] if name.startswith("loss [")]
                 change = [100 * (rows[label][name] / rows[LORA][name] - 1) for name in names]

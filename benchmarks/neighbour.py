@@ -2,8 +2,8 @@
 
 Run: python benchmarks/neighbour.py        (on an idle machine; two minutes)
 
-Every policy trains a small LoRA on the embedded world in a process of its own, alone and beside a process that computes
-with as many threads as there are cores.
+Every policy trains the mixture of the first run (recipes/quickstart.yaml) in a process of its own, alone and beside a
+process that computes with as many threads as there are cores.
 """
 
 from __future__ import annotations
@@ -28,26 +28,28 @@ POLICIES = {
 NEIGHBOUR = "import torch\na = torch.randn(512, 512)\nwhile True: a = (a @ a).tanh()"
 TRAINING = """
 import sys, time, torch
+from pathlib import Path
 from diffusers import UNet2DConditionModel
-from timestep_experts.intervals import Partition
-from timestep_experts.mixture import Mixture, MixtureSpec, Scale
+from timestep_experts.build import build_spec
+from timestep_experts.config import load_recipe
+from timestep_experts.mixture import Mixture
 from timestep_experts.world.judge import ASSETS
 
+method = load_recipe(Path("recipes/quickstart.yaml")).method
 unet = UNet2DConditionModel.from_pretrained(ASSETS / "base" / "unet").requires_grad_(False)
-scales = (Scale("n1", Partition.uniform(1), 8, 8),)
-mixture = Mixture.attach(unet, MixtureSpec(scales), ["to_q", "to_k", "to_v", "conv1"])
-mixture.mode = "switch"
+mixture = Mixture.attach(unet, build_spec(method, 1000), method.experts.target_modules)
+mixture.mode = "route"
 latents, text = torch.randn(16, 8, 8, 8), torch.randn(16, 8, unet.config.cross_attention_dim)
 
 def step():
     unet(latents, torch.randint(1000, (16,)), text).sample.square().mean().backward()
 
 step()
-done, until = 0, time.perf_counter() + float(sys.argv[1])
-while time.perf_counter() < until:
+done, start = 0, time.perf_counter()
+while time.perf_counter() < start + float(sys.argv[1]):
     step()
     done += 1
-print(done / float(sys.argv[1]))
+print(done / (time.perf_counter() - start))
 """
 
 
@@ -56,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=12, help="of training for each number")
     seconds = parser.parse_args().seconds
-    table = Table("threads wait", "alone", "beside a busy process", title="training steps a second")
+    table = Table("threads wait", "alone", "beside a busy process", title="forward and backward passes a second")
     for name, policy in POLICIES.items():
         alone = train(policy, seconds)
         with busy():

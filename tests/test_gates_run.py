@@ -70,7 +70,7 @@ def test_a_single_scale_is_reported_by_eighths_of_the_timesteps(run: Path) -> No
 def test_a_bundle_says_what_its_gates_are(run: Path) -> None:
     outcome = call("show", run / "variants" / "main" / "bundle")
     said = " ".join(outcome.out.split())
-    assert "one gate per rank and sample, which hears t; the table over t has knots 4 and unit size" in said
+    assert "one gate per rank and sample, which hears t; the table over t has 4 knots and unit size" in said
 
 
 def test_gates_are_folded_into_plain_loras(run: Path, base: Path, tmp_path: Path) -> None:
@@ -107,6 +107,7 @@ def test_the_merged_lora_has_the_mean_gates(run: Path) -> None:
     [
         ({"schedule": "independent"}, "router_learning needs the schedule joint; got independent"),
         ({"experts": {"scales": [{"intervals": 1}]}}, "router_learning needs routers"),
+        ({"modes": ["switch"]}, "used with their routers; add route"),
         (
             {"experts": {**METHOD["experts"], "router": {"knots": 4, "intervals": 2}}},
             "either knots, intervals or boundaries",
@@ -121,3 +122,22 @@ def test_recipes_that_cannot_be_are_refused(
 ) -> None:
     recipe = write_recipe(tmp_path, base, data, method={**METHOD, **changes}, variants={})
     assert message in refused("run", recipe, "--dry-run")
+
+
+def test_routers_may_learn_on_over_frozen_experts(base: Path, data: Path, tmp_path: Path) -> None:
+    assemble = {"max_train_steps": 2, "train_batch_size": 2, "table_learning_rate": 0.5}
+    method = {**METHOD, "assemble": assemble, "modes": ["switch", "route"]}
+    recipe = write_recipe(tmp_path, base, data, method=method, variants={}, merge={**MERGE, "rank": 3})
+    folder = tmp_path / "out" / "variants" / "main"
+    assert call("foster", recipe).code == 0
+    before = load_bundle(folder / "bundle")
+    assert before.mode == "route"
+    assert call("run", recipe).code == 0
+    after = load_bundle(folder / "bundle")
+    for name, tensor in after.tensors.items():
+        assert torch.equal(tensor, before.tensors[name]) == (".experts." in name), name
+    rows = rows_of(tmp_path / "out")
+    assert list(rows) == [("base", "off"), ("main", "route"), ("main", "merged")]
+    routed, merged = (rows["main", mode] for mode in ("route", "merged"))
+    assert merged["parameters"]["trainable"] == routed["parameters"]["trainable"]  # the gates are in the LoRA
+    assert merged["num_images_seen"] == routed["num_images_seen"] == 2 * 4 + 2 * 2

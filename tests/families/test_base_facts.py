@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -333,7 +334,8 @@ def test_a_context_that_cannot_learn_is_named_at_the_first_backward() -> None:
 @pytest.mark.parametrize("remedy", ["fostered", "base gate", "frozen"])
 def test_a_context_that_can_learn_is_not_named(remedy: str) -> None:
     denoiser = Told()
-    spec = ROUTED.with_base_gates(1.0) if remedy == "base gate" else ROUTED
+    gate = 1.0 if remedy == "base gate" else 0.0
+    spec = replace(ROUTED, scales=tuple(replace(s, base_gate=gate) if s.gated else s for s in ROUTED.scales))
     mixture = Mixture.attach(denoiser, spec, ["to_q"])
     mixture.layers["to_q"].experts["n4"].B.data.fill_(0.1)  # type: ignore[union-attr]
     if remedy == "fostered":

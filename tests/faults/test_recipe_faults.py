@@ -16,7 +16,7 @@ from timestep_experts.config import Recipe, load_recipe, parse_recipe
 from timestep_experts.errors import UserError
 from timestep_experts.formats.yaml_text import parse_yaml, yaml_text
 
-QUICKSTART = Path(__file__).parents[2] / "recipes" / "comparison.yaml"
+COMPARISON = Path(__file__).parents[2] / "recipes" / "comparison.yaml"
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.yaml"))
 SMALL: dict[str, Any] = {
     "output_dir": "runs/x",
@@ -27,7 +27,7 @@ SMALL: dict[str, Any] = {
 
 def refusal(*overrides: str) -> str:
     with pytest.raises(UserError) as caught:
-        load_recipe(QUICKSTART, overrides)
+        load_recipe(COMPARISON, overrides)
     return str(caught.value)
 
 
@@ -76,7 +76,7 @@ def test_words_stay_words(word: str) -> None:
 
 
 def test_a_mixed_precision_of_no_is_what_it_says() -> None:
-    assert load_recipe(QUICKSTART, ["training.mixed_precision=no"]).training.mixed_precision == "no"
+    assert load_recipe(COMPARISON, ["training.mixed_precision=no"]).training.mixed_precision == "no"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -137,7 +137,7 @@ def test_a_value_that_is_long_is_cut() -> None:
 
 def test_home_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
-    recipe = load_recipe(QUICKSTART, ["output_dir=~/runs", "data.path=~/pictures", "data.validation_path=~/others"])
+    recipe = load_recipe(COMPARISON, ["output_dir=~/runs", "data.path=~/pictures", "data.validation_path=~/others"])
     assert recipe.output_dir == Path("/home/somebody/runs")
     assert (recipe.data.path, recipe.data.validation_path) == ("/home/somebody/pictures", "/home/somebody/others")
 

@@ -31,6 +31,7 @@ from timestep_experts.training import (
     AssembleSettings,
     FosterSettings,
     LoopSettings,
+    NetworkRates,
     OptimiserSettings,
     RouterRates,
     assemble,
@@ -151,7 +152,9 @@ def test_routers_of_text_encoders_may_have_their_own_rates(family: StableDiffusi
     networks = {"unet": family.denoiser, **family.text_encoders}
     targets = {"unet": ["to_q"], "text_encoder": ["q_proj"]}
     mixture = Mixture.attach(networks, MixtureSpec(scales(4, 1, rank=2)), targets)
-    settings = AssembleSettings(RouterRates(1e-3, 0.05, {"text_encoder": 0.5}, {"text_encoder": 1e-4}), 9, 4, 0.0, 5)
+    settings = AssembleSettings(
+        RouterRates(1e-3, 0.05, NetworkRates({"text_encoder": 0.5}, {"text_encoder": 1e-4})), 9, 4, 0.0, 5
+    )
     found = {g.name: (g.learning_rate, g.weight_decay, len(g.leaves)) for g in assemble(mixture, settings).param_groups}
     unet, text = (len(mixture.layers_of(name)) for name in ("unet", "text_encoder"))
     assert found == {

@@ -1,5 +1,7 @@
 """Laws of the routers' forms: gates per rank, latents, knots, intervals, unit size; over both arithmetics."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,6 @@ from timestep_experts.errors import UserError
 from timestep_experts.formats import Bundle
 from timestep_experts.inference import attach, detach
 from timestep_experts.intervals import Partition
-from timestep_experts.merging.lowrank import LowRank
 from timestep_experts.mixture import Mixture, MixtureSpec, RouterForm, Scale, fuse, unfuse
 from timestep_experts.mixture.plain import latent_rms
 from timestep_experts.mixture.router import Router
@@ -261,10 +262,25 @@ def test_a_table_on_intervals_is_as_many_loras(gates):
     attach(pipeline, found.bundle)
     assert all(max_error(predict(unet, t), y) <= 2e-6 for t, y in zip(times, routed, strict=True))
     detach(pipeline)
-    for path in made.target_modules[:3]:  # and each is an ordinary LoRA
-        tensors = found.bundle.tensors
-        parts = [LowRank(*(tensors[f"{path}.experts.n1.{part}"][i] for part in "AB")) for i in range(10)]
-        assert all(part.rank == 4 for part in parts)
+    for t, y in zip(times, routed, strict=True):  # and each interval's experts are one ordinary LoRA, to be fused
+        fused = tiny_unet()
+        layers = dict(fused.named_modules())
+        for path, update in lora_at(found.bundle, t).items():
+            weight = layers[path].weight
+            weight.data += update.view(weight.shape)
+        assert max_error(predict(fused, t), y) <= 1e-5  # the sum stands in the weight, which rounds otherwise
+
+
+def lora_at(bundle, t):
+    """``sum_j (alpha_j / r_j) B_j A_j`` of every layer, of the experts that own a timestep."""
+    found = {}
+    for path in bundle.target_modules:
+        found[path] = 0.0
+        for scale in bundle.spec.scales:
+            place = scale.partition.index_of(t)
+            down, up = (bundle.tensors[f"{path}.experts.{scale.name}.{part}"][place] for part in "AB")
+            found[path] = found[path] + scale.alpha / scale.rank * up @ down
+    return found
 
 
 def test_smooth_gates_are_rounded_to_intervals_and_say_by_how_much():
@@ -277,6 +293,22 @@ def test_smooth_gates_are_rounded_to_intervals_and_say_by_how_much():
     heard = bundle_of(tiny_unet(), MixtureSpec(rank_scales(1), RouterForm("rank", "z_and_t", "latent_rms")))
     with pytest.raises(UserError, match="hear the input too"):
         to_switchable(heard, Partition.uniform(4))
+    with pytest.raises(UserError, match="has no gates"):
+        to_switchable(bundle_of(tiny_unet(), MixtureSpec(scales(4))), Partition.uniform(4))
+
+
+def test_what_rounding_costs_is_of_gates_alone():
+    form = RouterForm("rank", "t", knots=2)
+    alone = bundle_of(tiny_unet(), MixtureSpec(rank_scales(1), form))
+    names = [name for name in alone.tensors if name.endswith("router.E")]
+    ramp = torch.tensor([[0.0], [1.0]]).expand(2, 4)  # gates from 1 to 2
+    lines = replace(alone, tensors={**alone.tensors, **dict.fromkeys(names, ramp)})
+    t = np.arange(1000) + 0.5
+    expected = np.sqrt(((t / 1000 - np.where(t < 500, 0.25, 0.75)) ** 2).mean() / ((1 + t / 1000) ** 2).mean())
+    assert to_switchable(lines, Partition.uniform(2)).error == pytest.approx(expected, rel=1e-4)
+    beside = bundle_of(tiny_unet(), MixtureSpec((*scales(1), *rank_scales(2)), form))
+    lines = replace(beside, tensors={**beside.tensors, **dict.fromkeys(names, ramp)})
+    assert to_switchable(lines, Partition.uniform(2)).error == pytest.approx(expected, rel=1e-4)  # cores have none
 
 
 @pytest.mark.parametrize(
@@ -292,6 +324,9 @@ def test_smooth_gates_are_rounded_to_intervals_and_say_by_how_much():
         ({"knots": 5, "intervals": Partition.uniform(4)}, "not both"),
         ({"intervals": Partition.uniform(4, 500)}, "end at 500"),
         ({"inputs": "z", "unit_rms": True}, "has none"),
+        ({"inputs": "z", "knots": 9}, "has none"),
+        ({"inputs": "z", "intervals": Partition.uniform(4)}, "has none"),
+        ({"inputs": "t", "features": "latent_rms"}, "does not hear"),
     ],
     ids=str,
 )

@@ -279,6 +279,16 @@ def test_what_is_kept_is_the_average_of_what_was_learnt(family: StableDiffusion,
         assert not torch.equal(value, seen[-1][key])
 
 
+def test_of_a_scale_that_is_fostered_by_itself_its_own_experts_are_averaged(family: StableDiffusion) -> None:
+    mixture = attach(family, 2, 1)
+    stage = foster(mixture, settings())[0]
+    averaged = Averaged(mixture.only("n2"), stage.parameters(), 0.9)
+    own = mixture.only("n2").state_dict()
+    assert averaged.state_dict().keys() == {*own, *(f"average.{name}" for name in own)}
+    with pytest.raises(ValueError, match="averages of other parameters"):
+        averaged.load_state_dict(own)
+
+
 def test_assembling_without_a_context_is_refused(family: StableDiffusion) -> None:
     with pytest.raises(ValueError, match="no routers to train"):
         assembled(attach(family, 2))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from torch import nn
 
@@ -19,7 +18,7 @@ from timestep_experts.config import (
 )
 from timestep_experts.errors import UserError
 from timestep_experts.intervals import Partition
-from timestep_experts.mixture import Mixture, MixtureSpec, RouterForm, Scale, asymmetric
+from timestep_experts.mixture import Mixture, MixtureSpec, RouterForm, Scale
 from timestep_experts.models import Family
 
 _MOST_RANKS, _REPORTED = 16, 8
@@ -32,21 +31,15 @@ def build_spec(method: FosterConfig | DistillConfig, num_train_timesteps: int) -
     others have 0.
     """
     experts = method.experts
-    scales = tuple(_scale(scale, num_train_timesteps) for scale in experts.scales)
-    if all(scale.role == "auto" for scale in experts.scales):
-        per_rank = experts.router.gates == "rank"
-        scales = tuple(replace(scale, gated=True) for scale in scales) if per_rank else asymmetric(scales)
-    if isinstance(method, FosterConfig) and method.schedule == "joint":
-        scales = tuple(replace(scale, base_gate=1.0) if scale.gated else scale for scale in scales)
-    return MixtureSpec(scales, build_router_form(experts.router, num_train_timesteps), experts.dropout)
+    is_joint = isinstance(method, FosterConfig) and method.schedule == "joint"
+    scales = tuple(
+        _scale(scale, num_train_timesteps, gated=gated, base_gate=float(gated and is_joint))
+        for scale, gated in zip(experts.scales, experts.are_gated, strict=True)
+    )
+    return MixtureSpec(scales, _router_form(experts.router, num_train_timesteps), experts.dropout)
 
 
-def build_router_form(config: RouterConfig, num_train_timesteps: int) -> RouterForm:
-    """The form of the routers.
-
-    Raises:
-        UserError: their table does not fit the base's timesteps.
-    """
+def _router_form(config: RouterConfig, num_train_timesteps: int) -> RouterForm:
     intervals = None
     if config.intervals is not None:
         intervals = Partition.uniform(config.intervals, num_train_timesteps)
@@ -57,14 +50,14 @@ def build_router_form(config: RouterConfig, num_train_timesteps: int) -> RouterF
     )
 
 
-def _scale(config: ScaleConfig, num_train_timesteps: int) -> Scale:
+def _scale(config: ScaleConfig, num_train_timesteps: int, *, gated: bool, base_gate: float) -> Scale:
     if config.boundaries is None:
         partition = Partition.uniform(config.num_experts, num_train_timesteps)
     else:
         where = f"recipe.method.experts.scales: the boundaries of {config.label}"
         partition = _partition(where, config.boundaries, num_train_timesteps)
     alpha = config.lora_alpha or config.rank
-    return Scale(config.label, partition, config.rank, alpha, gated=config.role == "context")
+    return Scale(config.label, partition, config.rank, alpha, gated, base_gate)
 
 
 def _partition(where: str, boundaries: Sequence[float], num_train_timesteps: int) -> Partition:
@@ -99,14 +92,12 @@ def build_partition(method: MethodConfig, num_train_timesteps: int) -> Partition
 
 
 def build_reported_partition(recipe: Recipe, num_train_timesteps: int) -> Partition:
-    """The intervals by which all rows of a run are reported, and merges are weighed.
+    """The intervals by which all rows of a run are reported, and merges are weighed: those of the main variant.
 
-    If the recipe does not say, they are those of the main variant. One interval alone would not tell what happens at
-    which noise level, so eighths stand for it.
+    One interval alone would not tell what happens at which noise level, so eighths stand for it.
     """
     own = build_partition(recipe.method, num_train_timesteps)
-    number = recipe.evaluation.intervals or (_REPORTED if len(own) == 1 else None)
-    return own if number is None else Partition.uniform(number, num_train_timesteps)
+    return own if len(own) > 1 else Partition.uniform(_REPORTED, num_train_timesteps)
 
 
 def build_targets(

@@ -29,6 +29,7 @@ from timestep_experts.training import (
     DistillSettings,
     FosterSettings,
     LoopSettings,
+    NetworkRates,
     OptimiserSettings,
     PhaseSettings,
     RouterRates,
@@ -44,9 +45,8 @@ Number = TypeVar("Number", int, float)
 
 def build_foster_settings(recipe: Recipe, method: FosterConfig, text_encoders: Collection[str]) -> FosterSettings:
     """Stage 1 of fostering; numbers per expert are spelled out."""
-    factor = (method.text_learning_rate or method.learning_rate) / method.learning_rate
-    decay = method.text_weight_decay
     scales = method.experts.scales
+    by_network = _build_text_rates(method, text_encoders)
     return FosterSettings(
         method=method.schedule,
         train_batch_size=method.train_batch_size,
@@ -54,25 +54,30 @@ def build_foster_settings(recipe: Recipe, method: FosterConfig, text_encoders: C
         max_train_steps={s.label: numbers_per_expert(s, s.max_train_steps, method.max_train_steps) for s in scales},
         caption_dropout=recipe.data.caption_dropout,
         seed=recipe.seed,
-        rate_factors=dict.fromkeys(text_encoders, factor),
-        weight_decays={} if decay is None else dict.fromkeys(text_encoders, decay),
-        router=_build_joint_rates(method, text_encoders),
-        ema_decay=method.ema_decay,
+        by_network=by_network,
+        router=_build_joint_rates(method, by_network),
     )
 
 
-def _build_joint_rates(method: FosterConfig, text_encoders: Collection[str]) -> RouterRates | None:
-    learning, decay = method.router_learning, method.text_weight_decay
+def _build_joint_rates(method: FosterConfig, by_network: NetworkRates) -> RouterRates | None:
+    learning = method.router_learning
     if learning is None:
         return None
     return RouterRates(
         learning.learning_rate or method.learning_rate,
         learning.table_learning_rate or JOINT_TABLE_RATE_RATIO * method.learning_rate,
-        dict.fromkeys(text_encoders, (method.text_learning_rate or method.learning_rate) / method.learning_rate),
-        {} if decay is None else dict.fromkeys(text_encoders, decay),
+        by_network,
         learning.weight_decay,
         learning.max_grad_norm,
     )
+
+
+def _build_text_rates(config: FosterConfig | AssembleConfig, text_encoders: Collection[str]) -> NetworkRates:
+    """How text encoders learn otherwise than the denoiser."""
+    factor = (config.text_learning_rate or config.learning_rate) / config.learning_rate
+    decay = config.text_weight_decay
+    decays = {} if decay is None else dict.fromkeys(text_encoders, decay)
+    return NetworkRates(dict.fromkeys(text_encoders, factor), decays)
 
 
 def numbers_per_expert(
@@ -98,12 +103,10 @@ def build_assemble_settings(
     recipe: Recipe, assemble: AssembleConfig, text_encoders: Collection[str] = ()
 ) -> AssembleSettings:
     """Stage 2."""
-    rate, decay = assemble.learning_rate, assemble.text_weight_decay
     rates = RouterRates(
-        rate,
-        assemble.table_learning_rate or TABLE_RATE_RATIO * rate,
-        dict.fromkeys(text_encoders, (assemble.text_learning_rate or rate) / rate),
-        {} if decay is None else dict.fromkeys(text_encoders, decay),
+        assemble.learning_rate,
+        assemble.table_learning_rate or TABLE_RATE_RATIO * assemble.learning_rate,
+        _build_text_rates(assemble, text_encoders),
     )
     return AssembleSettings(
         rates,

@@ -272,30 +272,8 @@ app.command()(merging.merge)
 app.command()(merging.search)
 app.command("merge-lora")(merging.merge_lora)
 app.command("extract-lora")(merging.extract_lora)
+app.command("fold-gates")(merging.fold_gates)
 app.command()(merging.analyse)
-
-
-@app.command("fold-gates")
-def fold_gates(
-    bundle: Annotated[Path, typer.Argument(help="A bundle whose gates depend on t alone.")],
-    output: Annotated[Path, typer.Option(help="Folder of the bundle to be made.")],
-    intervals: Annotated[
-        int | None,
-        typer.Option(min=1, max=1000, help="Make smooth gates constant on so many intervals."),
-    ] = None,
-) -> None:
-    """Turn a routed bundle into one that switches plain LoRAs, with its gates folded into them."""
-    from timestep_experts.formats import load_bundle, save_bundle
-    from timestep_experts.weights.lora import check_folder_to_make
-    from timestep_experts.weights.switchable import to_switchable
-
-    check_folder_to_make(output)
-    loaded = load_bundle(bundle)
-    partition = None if intervals is None else Partition.uniform(intervals, loaded.spec.num_train_timesteps)
-    folded = to_switchable(loaded, partition)
-    save_bundle(folded.bundle, output)
-    console.print(f"made {escaped(output)}: {len(folded.partition)} experts per scale", soft_wrap=True)
-    console.print(f"its gates differ from the routed ones by {100 * folded.error:.2f} % (root mean square)")
 
 
 @app.command()
@@ -328,8 +306,12 @@ def _describe(form: RouterForm) -> str:
     said = f"one gate per {form.gates} and {form.positions}, which hears {heard}"
     if not form.has_table:
         return said
-    rows = "a row for every t" if form.knots is None else f"knots {escaped(form.knots)}"
-    rows = rows if form.intervals is None else f"a row for each of {escaped(form.intervals)}"
+    if form.intervals is not None:
+        rows = f"a row for each of {escaped(form.intervals)}"
+    elif isinstance(form.knots, tuple):
+        rows = f"knots at {', '.join(f'{knot:g}' for knot in form.knots)}"
+    else:
+        rows = "a row for every t" if form.knots is None else f"{form.knots} knots"
     return f"{said}; the table over t has {rows}" + (" and unit size" if form.unit_rms else "")
 
 

@@ -203,7 +203,33 @@ def merge_lora(
     shown = ", ".join(f"{escaped(e)}: {w:.4g}" for e, w in zip(merged.labels, merged.weights, strict=True))
     console.print(f"{len(merged.labels)} experts at weights {shown}", soft_wrap=True)
     _print_kept(console, merged.kept, merged.total_kept, rank)
+    if merged.left_out:
+        console.print("the routers of this bundle hear the input, so they have no part in the LoRA")
     console.print(f"made {escaped(output)}", soft_wrap=True)
+
+
+def fold_gates(
+    bundle: Annotated[Path, typer.Argument(help="A bundle whose gates depend on t alone.")],
+    output: Annotated[Path, typer.Option(help="Folder of the bundle to be made.")],
+    intervals: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="Make smooth gates constant on so many intervals."),
+    ] = None,
+) -> None:
+    """Turn a routed bundle into one that switches plain LoRAs, with its gates folded into them."""
+    from timestep_experts.formats import load_bundle, save_bundle
+    from timestep_experts.intervals import Partition
+    from timestep_experts.weights.lora import check_folder_to_make
+    from timestep_experts.weights.switchable import to_switchable
+
+    check_folder_to_make(output)
+    loaded = load_bundle(bundle)
+    partition = None if intervals is None else Partition.uniform(intervals, loaded.spec.num_train_timesteps)
+    folded = to_switchable(loaded, partition)
+    save_bundle(folded.bundle, output)
+    console = make_console()
+    console.print(f"made {escaped(output)}: {len(folded.partition)} experts per scale", soft_wrap=True)
+    console.print(f"its gates differ from the routed ones by {100 * folded.error:.2f} % (root mean square)")
 
 
 def extract_lora(

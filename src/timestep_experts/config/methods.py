@@ -47,7 +47,7 @@ class ScaleConfig(Strict):
     rank: Rank = 4
     lora_alpha: PositiveFloat | None = Field(None, description="null: equal to rank")
     role: Literal["auto", "core", "context"] = Field(
-        "auto", description="auto: the finest scale is the core; with gates per rank, there is none"
+        "auto", description="auto: the finest scale is the core, others are contexts; with gates per rank, all are"
     )
     learning_rate: PositiveFloat | tuple[PositiveFloat, ...] | None = Field(None, description="own, or one per expert")
     max_train_steps: PositiveInt | tuple[PositiveInt, ...] | None = Field(None, description="own, or one per expert")
@@ -117,11 +117,17 @@ class ExpertsConfig(Strict):
     router: RouterConfig = RouterConfig()
 
     @property
+    def are_gated(self) -> tuple[bool, ...]:
+        """Which scales are contexts. A role that is given makes cores of all scales that have none."""
+        if any(scale.role != "auto" for scale in self.scales):
+            return tuple(scale.role == "context" for scale in self.scales)
+        finest = None if self.router.gates == "rank" else max(self.scales, key=lambda scale: scale.num_experts)
+        return tuple(scale is not finest for scale in self.scales)
+
+    @property
     def has_contexts(self) -> bool:
-        """Whether a scale is gated."""
-        roles = {scale.role for scale in self.scales}
-        is_auto = roles == {"auto"} and (len(self.scales) > 1 or self.router.gates == "rank")
-        return "context" in roles or is_auto
+        """Whether there are routers."""
+        return any(self.are_gated)
 
 
 class AssembleConfig(Strict):
@@ -153,7 +159,7 @@ class FosterConfig(Strict):
     )
     ema_decay: Share | None = Field(None, description="keep the moving average of experts; null: the last weights")
     assemble: AssembleConfig | None = Field(AssembleConfig(), description="stage 2; null: there is none")
-    modes: Modes | None = Field(None, description="to be evaluated; null: all that are trained")
+    modes: Modes | None = Field(None, description="of those that are trained, the ones to be evaluated; null: all")
 
     @model_validator(mode="after")
     def _routers_learn_with_joint_experts(self) -> FosterConfig:
@@ -161,6 +167,8 @@ class FosterConfig(Strict):
             raise UserError(f"router_learning needs the schedule joint; got {self.schedule}")
         if self.router_learning is not None and not self.experts.has_contexts:
             raise UserError("router_learning needs routers: no scale is a context, and gates do not speak to ranks")
+        if self.router_learning is not None and self.modes is not None and "route" not in self.modes:
+            raise UserError("modes: experts whose routers learn with them are used with their routers; add route")
         return self
 
     @model_validator(mode="after")
@@ -201,7 +209,7 @@ class DistillConfig(Strict):
     assemble: AssembleConfig | None = Field(
         AssembleConfig(), description="stage 2, by the losses of the last phase; null: no routers are trained"
     )
-    modes: Modes | None = Field(None, description="to be evaluated; null: all that are trained")
+    modes: Modes | None = Field(None, description="of those that are trained, the ones to be evaluated; null: all")
 
     @model_validator(mode="after")
     def _second_phase_has_a_gan(self) -> DistillConfig:

@@ -146,9 +146,6 @@ class EvaluationConfig(Strict):
 
     num_pictures: PositiveInt = Field(128, description="validation pictures per timestep bin")
     bins_per_interval: PositiveInt = 4
-    intervals: Annotated[PositiveInt, Field(le=1000)] | None = Field(
-        None, description="by which losses are reported; null: those of the main variant, or 8 if it has one alone"
-    )
     seed: Seed = 1234
     prompts: tuple[str, ...] | LocalPath | None = Field(
         None, description="a list or a text file; null: held-out captions"

@@ -7,7 +7,7 @@ import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -173,10 +173,10 @@ class TimestepReader(NetworkHook):
             name = self.timestep.argument
             value = kwargs[name] if name in kwargs else args[self.position]
             t, mask = self._read(value, first.device), self._read_mask(args, kwargs)
-            self.state.step = self.state.step_at(t, len(sample), mask, self.name)
+            self.state.step = self.state.step_at(t, len(sample), mask, self.state.read_tables(t, self.name))
         elif self.state.is_bound and self.state.step is not None:
-            mask = self._read_mask(args, kwargs)
-            self.state.step = self.state.step_at(self.state.step.t, text_mask=mask, network=self.name)
+            timed = self.state.read_tables(self.state.step.t, self.name)
+            self.state.step = replace(self.state.step, text_mask=self._read_mask(args, kwargs), timed=timed)
         else:
             self.state.step = None  # the denoiser's latest timestep is not that of a text
         if torch.is_grad_enabled():

@@ -20,7 +20,6 @@ from timestep_experts.mixture.geometry import LayerGeometry
 from timestep_experts.mixture.kernels import Experts, Strength
 from timestep_experts.mixture.plain import latent_rms, masked_mean
 from timestep_experts.mixture.router import Router
-from timestep_experts.mixture.router_form import TimestepIndex
 from timestep_experts.mixture.spec import Scale
 from timestep_experts.mixture.state import MixtureState, StepContext, per_row
 
@@ -202,16 +201,9 @@ class MixtureLayer(nn.Module):
         if not router.form.has_table:
             return None
         timed = step.timed.get(self.name)
-        if timed is None:  # the timesteps were bound in another mode
+        if timed is None:  # the timesteps were bound by hand, or in another mode
             (timed,) = self.state.kernels.read_tables([router], self.state.index_of(step.t))
         return per_row(timed.to(z.device), len(z))
-
-    def gates_at(self, index: TimestepIndex) -> list[Tensor]:
-        """Every context scale's gates at one timestep, ``(r,)`` or ``(1,)``, where they depend on t alone."""
-        assert self.router is not None
-        assert self.router.form.depends_on_t_alone
-        gates = index.read(self.router.table())[0] + self.router.base
-        return list(torch.split(gates, list(self.router.widths)))
 
     def _positions(self, x: Tensor) -> Tensor:
         """The layer's input as ``(B, N, k)``."""

@@ -64,9 +64,8 @@ class PlainKernels:
         features, groups = (1 if geometry.is_convolution else 2), geometry.groups
         total = torch.zeros((), dtype=torch.promote_types(y.dtype, torch.float32), device=y.device)
         for h, up, strength in zip(hidden, experts.ups, strengths, strict=True):
-            if isinstance(strength, Tensor) and geometry.is_convolution:
-                strength = strength.transpose(1, 2)
-            gated = h * strength
+            turned = strength.transpose(1, 2) if isinstance(strength, Tensor) and geometry.is_convolution else strength
+            gated = h * turned
             by_group = torch.unflatten(gated.to(total.dtype).movedim(features, 1), 1, (groups, -1))
             up_by_group = torch.unflatten(up.to(total.dtype), 1, (groups, -1))
             total = total + torch.einsum("bgrn,bgor->bgon", by_group, up_by_group)

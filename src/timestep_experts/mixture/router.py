@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from timestep_experts.mixture.router_form import RouterForm
+from timestep_experts.mixture.router_form import RouterForm, TimestepIndex
 from timestep_experts.mixture.spec import Scale
 
 
@@ -32,15 +32,13 @@ class Router(nn.Module):
 
     base: Tensor
 
-    def __init__(
-        self, in_features: int, gated: Sequence[Scale], num_train_timesteps: int, form: RouterForm | None = None
-    ) -> None:
+    def __init__(self, in_features: int, gated: Sequence[Scale], num_train_timesteps: int, form: RouterForm) -> None:
         super().__init__()
-        self.form = form or RouterForm()
-        self.widths = tuple(self.form.num_gates(scale.rank) for scale in gated)
+        self.form = form
+        self.widths = tuple(form.num_gates(scale.rank) for scale in gated)
         parts = {
             name: nn.Parameter(torch.zeros([in_features if size is None else size for size in shape]))
-            for name, shape in self.shapes(gated, num_train_timesteps, self.form).items()
+            for name, shape in self.shapes(gated, num_train_timesteps, form).items()
         }
         self.F, self.bias, self.E = (parts.get(name) for name in ("F", "bias", "E"))
         base = [torch.full((width,), s.base_gate) for s, width in zip(gated, self.widths, strict=True)]
@@ -84,6 +82,14 @@ class Router(nn.Module):
         """What t adds to the base gates at each row, ``(rows, m)`` fp32."""
         assert self.E is not None
         return gate_table(self.E, self.base, self.form)
+
+    def gates_at(self, index: TimestepIndex) -> list[Tensor]:
+        """The gates of each context scale, base gates included, at timesteps ``(n,)``: ``(n, r)`` or ``(n, 1)`` each.
+
+        They must depend on t alone.
+        """
+        assert self.form.depends_on_t_alone
+        return list(torch.split(index.read(self.table()) + self.base, list(self.widths), 1))
 
     def forward(self, z: Tensor, timed: Tensor | None) -> Tensor:
         """Gates, to be added to their base values.

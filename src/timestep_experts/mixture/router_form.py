@@ -38,8 +38,8 @@ class RouterForm:
             size of a gate and that of its row of B have the same effect; this takes one of the two away.
 
     Raises:
-        UserError: knots are fewer than two, do not ascend from 0, or are given together with intervals; or there is no
-            table that ``unit_rms`` could divide.
+        UserError: knots are fewer than two, do not ascend from 0, or are given together with intervals; or a choice
+            would have no effect: one about a table that does not exist, or about a z that is not heard.
     """
 
     gates: Gates = "expert"
@@ -59,8 +59,12 @@ class RouterForm:
             ascend = self.knots is None or self.knots > 1
         if not ascend:
             raise UserError(f"a router's table needs at least 2 knots, ascending from 0 to T; got {self.knots}")
-        if self.unit_rms and self.inputs == "z":
-            raise UserError("unit_rms divides the table over t; a router that hears z alone has none")
+        if not self.has_table and (self.unit_rms or self.knots is not None or self.intervals is not None):
+            raise UserError(
+                "knots, intervals and unit_rms are of the table over t; a router that hears z alone has none"
+            )
+        if not self.hears_input and self.features != "input_mean":
+            raise UserError(f"features: {self.features} stands for z, which a router that hears t alone does not hear")
 
     @property
     def hears_input(self) -> bool:
@@ -134,15 +138,15 @@ class TimestepIndex:
             return cls(form.intervals.index_of(t))
         if form.knots is None:
             return cls(t.floor().long().clamp(0, num_train_timesteps - 1))
+        t = t.float()
         if isinstance(form.knots, int):
             last = form.knots - 1
-            place = (t.float() / num_train_timesteps * last).clamp(0, last)
-            below = place.floor().long().clamp(max=last - 1)
-            return cls(below, place - below)
-        knots = torch.tensor(form.knots, device=t.device)
-        below = (torch.bucketize(t.float(), knots, right=True) - 1).clamp(0, len(knots) - 2)
-        lower, upper = knots[below], knots[below + 1]
-        return cls(below, ((t.float() - lower) / (upper - lower)).clamp(0, 1))
+            place = (t / num_train_timesteps * last).clamp(0, last)
+        else:  # each piece counts as far as t has come in it; no numbers are sent to the device of t
+            last = len(form.knots) - 1
+            place = torch.stack([((t - lo) / (hi - lo)).clamp(0, 1) for lo, hi in pairwise(form.knots)]).sum(0)
+        below = place.floor().long().clamp(max=last - 1)
+        return cls(below, place - below)
 
     def read(self, table: Tensor) -> Tensor:
         """The rows ``(B, m)`` of a table, interpolated linearly between knots."""

@@ -118,10 +118,6 @@ class MixtureSpec:
                 return scale
         raise UserError(f"no scale {name!r} in this mixture: it has {', '.join(s.name for s in self.scales)}")
 
-    def with_base_gates(self, gate: float) -> MixtureSpec:
-        """The same mixture with another base gate on every context scale."""
-        return replace(self, scales=tuple(replace(s, base_gate=gate) if s.gated else s for s in self.scales))
-
 
 def asymmetric(scales: Sequence[Scale]) -> tuple[Scale, ...]:
     """Give scales their roles in TSM: the one with the smallest interval is the core, all others are gated contexts."""

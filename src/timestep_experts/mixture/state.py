@@ -72,7 +72,11 @@ class MixtureState:
     routers: dict[str, Router] = field(default_factory=dict)
 
     def step_at(
-        self, t: Tensor, num_samples: int | None = None, text_mask: Tensor | None = None, network: str = ""
+        self,
+        t: Tensor,
+        num_samples: int | None = None,
+        text_mask: Tensor | None = None,
+        timed: Mapping[str, Tensor] | None = None,
     ) -> StepContext:
         """Look up what timesteps mean.
 
@@ -80,14 +84,19 @@ class MixtureState:
             t: ``(B,)``, or one timestep ``(1,)`` that all samples share.
             num_samples: B.
             text_mask: see `StepContext`.
-            network: the name of the network whose layers will ask.
+            timed: see `StepContext`; a layer that finds nothing there reads its own table.
         """
         expert_index = {scale.name: scale.partition.index_of(t) for scale in self.spec.scales}
         whole = t if num_samples is None else t.expand(num_samples)
-        return StepContext(whole, expert_index, self._read_tables(t, network), text_mask)
+        return StepContext(whole, expert_index, timed or {}, text_mask)
 
-    def _read_tables(self, t: Tensor, network: str) -> Mapping[str, Tensor]:
-        """What all routers' tables say at once: they are many and small."""
+    def read_tables(self, t: Tensor, network: str) -> Mapping[str, Tensor]:
+        """What the tables of all routers of a network say, by layer; it is read at once, for they are many and small.
+
+        Args:
+            t: as in `step_at`.
+            network: its name; empty where there is one.
+        """
         if self.mode != "route" or not self.spec.router.has_table or not self.routers:
             return {}
         own = {name: router for name, router in self.routers.items() if not network or name.startswith(f"{network}.")}

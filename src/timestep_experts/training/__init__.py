@@ -7,6 +7,7 @@ from timestep_experts.training.foster import FosterMethod, FosterSettings, foste
 from timestep_experts.training.loop import LoopSettings
 from timestep_experts.training.matching import Adversary
 from timestep_experts.training.optimiser import OptimiserSettings
+from timestep_experts.training.param_group import NetworkRates
 from timestep_experts.training.stage import Training
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "FosterMethod",
     "FosterSettings",
     "LoopSettings",
+    "NetworkRates",
     "OptimiserSettings",
     "PhaseSettings",
     "RouterRates",

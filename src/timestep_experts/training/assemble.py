@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from timestep_experts.errors import UserError
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture
 from timestep_experts.training.batches import BatchPlan
-from timestep_experts.training.param_group import ParamGroup, networks_by_rate
+from timestep_experts.training.param_group import NetworkRates, ParamGroup
 from timestep_experts.training.stage import Denoising, Stage
 
 ROUTER = "router."
@@ -23,23 +22,21 @@ class RouterRates:
     Args:
         learning_rate: of F.
         table_learning_rate: of E; each of its rows is met by few samples, so it needs far more.
-        rate_factors: what the rates are multiplied by on some networks, by name; see `FosterSettings`.
-        weight_decays: of some networks, by name.
+        by_network: what is otherwise on some networks.
         weight_decay: of all others; ``None`` is the optimiser's.
         max_grad_norm: of F, and of E, on their own; ``None`` is the optimiser's.
     """
 
     learning_rate: float
     table_learning_rate: float
-    rate_factors: Mapping[str, float] = field(default_factory=dict)
-    weight_decays: Mapping[str, float] = field(default_factory=dict)
+    by_network: NetworkRates = field(default_factory=NetworkRates)
     weight_decay: float | None = None
     max_grad_norm: float | None = None
 
 
 @dataclass(frozen=True)
 class AssembleSettings:
-    """How routers learn when the experts do no longer.
+    """How routers learn over frozen experts.
 
     Args:
         rates: of their parts.
@@ -86,7 +83,7 @@ def router_param_groups(
     Raises:
         UserError: no scale is gated, so there is nothing to learn.
     """
-    groups = networks_by_rate(mixture.networks, rates.rate_factors, rates.weight_decays)
+    groups = rates.by_network.group(mixture.networks)
     param_groups = []
     for (factor, weight_decay), networks in groups.items():
         maps, tables = mixture.router_parameters(networks)

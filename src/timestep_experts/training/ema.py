@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
+from timestep_experts.errors import UserError
 from timestep_experts.training.stage import Trainable
 
 
@@ -82,10 +83,18 @@ class Averaged:
         return {**self.trainee.state_dict(), **averages}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], /) -> None:
-        """Load what `state_dict` returned."""
+        """Load what `state_dict` returned.
+
+        Raises:
+            UserError: it is of another trainee, or has other averages.
+        """
+        averages = {n.removeprefix(self._PREFIX): t for n, t in tensors.items() if n.startswith(self._PREFIX)}
+        if averages.keys() != self._average.averages.keys():
+            some = ", ".join(sorted(averages.keys() ^ self._average.averages.keys())[:3])
+            raise UserError(f"a checkpoint with averages of other parameters than what is trained: {some}")
         self.trainee.load_state_dict({n: t for n, t in tensors.items() if not n.startswith(self._PREFIX)})
-        for name, average in self._average.averages.items():
-            average.copy_(tensors[self._PREFIX + name])
+        for name, average in averages.items():
+            self._average.averages[name].copy_(average)
 
     def trained_modules(self) -> Iterable[nn.Module]:
         """Those of the trainee."""

@@ -14,7 +14,7 @@ from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, Scale
 from timestep_experts.training.assemble import RouterRates, router_param_groups
 from timestep_experts.training.batches import BatchPlan
-from timestep_experts.training.param_group import ParamGroup, networks_by_rate
+from timestep_experts.training.param_group import NetworkRates, ParamGroup
 from timestep_experts.training.stage import Denoising, Stage
 
 FosterMethod = Literal["independent", "coarse_to_fine", "joint"]
@@ -34,13 +34,9 @@ class FosterSettings:
         max_train_steps: per scale, one number per expert.
         caption_dropout: probability of the empty caption.
         seed: of samples.
-        rate_factors: what learning rates are multiplied by on some networks, by name: a text encoder's experts may
-            learn at their own rate, with a clip of their own.
-        weight_decays: of some networks, by name, in place of the optimiser's.
+        by_network: what is otherwise on some networks.
         router: at which rates the routers learn together with the experts, which needs ``joint``; ``None``: they do
             not, and every gate is 1.
-        ema_decay: what is kept is the moving average of everything that learns, with this share of the old average per
-            update; ``None``: the last weights are kept.
     """
 
     method: FosterMethod
@@ -49,10 +45,8 @@ class FosterSettings:
     max_train_steps: Mapping[str, Sequence[int]]
     caption_dropout: float
     seed: int
-    rate_factors: Mapping[str, float] = field(default_factory=dict)
-    weight_decays: Mapping[str, float] = field(default_factory=dict)
+    by_network: NetworkRates = field(default_factory=NetworkRates)
     router: RouterRates | None = None
-    ema_decay: float | None = None
 
 
 def foster(mixture: Mixture, settings: FosterSettings) -> list[Stage]:
@@ -106,7 +100,7 @@ def _with_routers(stage: Stage, mixture: Mixture, rates: RouterRates) -> Stage:
 def _experts(
     mixture: Mixture, settings: FosterSettings, scale: Scale, strata: Partition, share: float
 ) -> list[ParamGroup]:
-    groups = networks_by_rate(mixture.networks, settings.rate_factors, settings.weight_decays)
+    groups = settings.by_network.group(mixture.networks)
     param_groups = []
     for (index, interval), (own, networks) in product(enumerate(scale.partition.intervals), groups.items()):
         factor, weight_decay = own

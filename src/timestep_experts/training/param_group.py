@@ -82,14 +82,24 @@ class ParamGroup:
             leaf.grad = None
 
 
-def networks_by_rate(
-    networks: Iterable[str], rate_factors: Mapping[str, float], weight_decays: Mapping[str, float]
-) -> dict[tuple[float, float | None], list[str]]:
-    """Which networks learn at the same rate: their names by the factor of the rate and their own weight decay."""
-    groups: dict[tuple[float, float | None], list[str]] = {}
-    for network in networks:
-        groups.setdefault((rate_factors.get(network, 1.0), weight_decays.get(network)), []).append(network)
-    return groups
+@dataclass(frozen=True)
+class NetworkRates:
+    """How some networks learn otherwise than the rest: a text encoder may have a rate and a clip of its own.
+
+    Args:
+        factors: what learning rates are multiplied by, by the network's name.
+        weight_decays: in place of the optimiser's, by the network's name.
+    """
+
+    factors: Mapping[str, float] = field(default_factory=dict)
+    weight_decays: Mapping[str, float] = field(default_factory=dict)
+
+    def group(self, networks: Iterable[str]) -> dict[tuple[float, float | None], list[str]]:
+        """Which networks learn at the same rate: their names by the factor of the rate and their own weight decay."""
+        groups: dict[tuple[float, float | None], list[str]] = {}
+        for network in networks:
+            groups.setdefault((self.factors.get(network, 1.0), self.weight_decays.get(network)), []).append(network)
+        return groups
 
 
 def learning_rate_factor(name: str, num_warmup_steps: int, num_training_steps: int) -> Callable[[int], float]:

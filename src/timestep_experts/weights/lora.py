@@ -29,7 +29,7 @@ from timestep_experts.models import read_meta_model, resolve_model
 from timestep_experts.weights.measured import MeasuredBase
 from timestep_experts.weights.search import Search, search_weights, write_search
 from timestep_experts.weights.search_methods import SearchSettings
-from timestep_experts.weights.switchable import to_switchable
+from timestep_experts.weights.switchable import are_gates_folded, to_switchable
 
 RECORD = "merge.json"
 _PIECES = 8
@@ -73,6 +73,7 @@ class MergedLora:
         rows: losses, if they were measured: base, experts switching, their exact sum, the LoRA; else empty.
         ranges: of the rows.
         search: that found the weights, if there was one.
+        left_out: whether the bundle routes by gates that have no part in the LoRA.
     """
 
     path: Path
@@ -83,6 +84,7 @@ class MergedLora:
     rows: tuple[MergeLosses, ...]
     ranges: tuple[Interval, ...]
     search: Search | None
+    left_out: bool = False
 
 
 def merge_lora(
@@ -137,7 +139,8 @@ def write_merged(
     Raises:
         UserError: as `merge_lora`.
     """
-    bundle = with_folded_gates(load_bundle(bundle_path))
+    whole = load_bundle(bundle_path)
+    bundle = with_folded_gates(whole)
     model = settings.model or bundle.base_model
     parts, layers = read_parts(bundle, resolve_model(model))
     labels, shares = label_experts(bundle), expert_shares(bundle)
@@ -156,7 +159,8 @@ def write_merged(
     total = sum(part.kept * part.energy for part in cut.values()) / energy if energy else 1.0
     kept = {path: part.kept for path, part in cut.items()}
     ranges = () if bench is None else bench.split.settings.partition.intervals
-    merged = MergedLora(output, labels, tuple(weights), kept, total, rows, ranges, found)
+    left_out = whole.mode == "route" and not are_gates_folded(whole)
+    merged = MergedLora(output, labels, tuple(weights), kept, total, rows, ranges, found, left_out)
     record = _record(bundle_path, model, settings, merged)
     with atomic_path(output) as draft:
         draft.mkdir()
@@ -173,7 +177,7 @@ def with_folded_gates(bundle: Bundle) -> Bundle:
     Smooth gates become constant on the strata of its scales, of which a single one is cut into eighths.
     """
     spec = bundle.spec
-    if bundle.mode != "route" or not spec.gated_scales or not spec.router.depends_on_t_alone:
+    if not are_gates_folded(bundle):
         return bundle
     strata = spec.strata if len(spec.strata) > 1 else Partition.uniform(_PIECES, spec.num_train_timesteps)
     return to_switchable(bundle, spec.router.intervals or strata).bundle

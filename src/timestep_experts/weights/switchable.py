@@ -20,16 +20,22 @@ class Switchable:
     """What was made.
 
     Args:
-        bundle: every scale has an ungated expert per interval of the partition: A of the expert that owned it, and its
-            B times the gates there.
+        bundle: every scale has an ungated expert per interval of the partition: A of the expert that owned it, with its
+            rows times the gates there, and its B.
         partition: the intervals.
-        error: how far gates are from those of the routed bundle, over all timesteps, layers and gates: the root mean
-            square of the difference, relative to that of the gates. It is 0 where gates are constant on the intervals.
+        error: how far gates are from those of the routed bundle, over all timesteps and layers: the root mean square
+            of the difference, relative to that of the gates. It is 0 where gates are constant on the intervals.
     """
 
     bundle: Bundle
     partition: Partition
     error: float
+
+
+def are_gates_folded(bundle: Bundle) -> bool:
+    """Whether the gates of a bundle go into a merged LoRA: it routes, and they depend on t alone."""
+    spec = bundle.spec
+    return bundle.mode == "route" and bool(spec.gated_scales) and spec.router.depends_on_t_alone
 
 
 def to_switchable(bundle: Bundle, partition: Partition | None = None) -> Switchable:
@@ -47,7 +53,9 @@ def to_switchable(bundle: Bundle, partition: Partition | None = None) -> Switcha
         UserError: gates depend on more than t, or the partition is missing for a table that is not constant on any.
     """
     spec = bundle.spec
-    if not spec.gated_scales or not spec.router.depends_on_t_alone:
+    if not spec.gated_scales:
+        raise UserError("this bundle has no gates: none of its scales is a context")
+    if not spec.router.depends_on_t_alone:
         raise UserError("gates can be folded into experts where routers hear t alone; these hear the input too")
     wanted = partition or spec.router.intervals
     if wanted is None:
@@ -63,25 +71,26 @@ def to_switchable(bundle: Bundle, partition: Partition | None = None) -> Switcha
             owners = scale.partition.index_of(middles)
             down, up = (bundle.tensors[f"{path}.experts.{scale.name}.{part}"] for part in "AB")
             if len(down) != len(scale.partition):
-                raise UserError(f"{path}: denoisers that share out the timesteps cannot be folded yet")
-            tensors[f"{path}.experts.{scale.name}.A"] = gates[scale.name].to(down)[:, :, None] * down[owners]
+                raise UserError(
+                    f"{path} has {len(down)} of the {len(scale.partition)} experts of scale {scale.name}: where several"
+                    " denoisers share out the timesteps, gates cannot be folded"
+                )
+            gate = gates.get(scale.name, torch.ones(1, 1)).to(down)[:, :, None]
+            tensors[f"{path}.experts.{scale.name}.A"] = gate * down[owners]
             tensors[f"{path}.experts.{scale.name}.B"] = up[owners].clone()
         every = torch.arange(spec.num_train_timesteps) + 0.5
-        exact, rounded = _gates_of(bundle, path, every), {n: g[pieces.index_of(every)] for n, g in gates.items()}
-        for name in exact:
-            wrong += float((exact[name] - rounded[name]).square().mean())
-            right += float(exact[name].square().mean())
+        for name, exact in _gates_of(bundle, path, every).items():
+            wrong += float((exact - gates[name][pieces.index_of(every)]).square().mean())
+            right += float(exact.square().mean())
     switched = replace(bundle, spec=MixtureSpec(scales, dropout=spec.dropout), tensors=tensors, mode="switch")
     return Switchable(switched, pieces, (wrong / right) ** 0.5 if right else 0.0)
 
 
 def _gates_of(bundle: Bundle, path: str, t: Tensor) -> dict[str, Tensor]:
-    """Every scale's gates at timesteps ``(n,)``: ``(n, r)`` or ``(n, 1)``; those of a core are 1."""
+    """The gates of every context at timesteps ``(n,)``: ``(n, r)`` or ``(n, 1)``."""
     spec = bundle.spec
-    router = Router(0, spec.gated_scales, spec.num_train_timesteps, spec.router)
+    router = Router(0, spec.gated_scales, spec.num_train_timesteps, spec.router)  # it has no map, so any width serves
     router.load_state_dict({"E": bundle.tensors[f"{path}.router.E"].float()})
-    index = TimestepIndex.of(t, spec.router, spec.num_train_timesteps)
     with torch.no_grad():
-        gates = torch.split(router.base + index.read(router.table()), list(router.widths), 1)
-    own = dict(zip((scale.name for scale in spec.gated_scales), gates, strict=True))
-    return {scale.name: own.get(scale.name, torch.ones(len(t), 1)) for scale in spec.scales}
+        gates = router.gates_at(TimestepIndex.of(t, spec.router, spec.num_train_timesteps))
+    return {scale.name: own for scale, own in zip(spec.gated_scales, gates, strict=True)}

@@ -83,10 +83,10 @@ class Fostering(LowRankMethod):
 
     def _run(self, stage: Stage, mixture: Mixture, context: RunContext, mode: Mode) -> None:
         """Run a stage; its pictures are previewed in the mode in which its experts will be used."""
-        trainee, decay = self._trainee(stage, mixture), self.config.ema_decay
+        trainee, decay = self._trainee(stage, mixture), self._decay_of(stage)
         preview = preview_experts(context, mixture, mode, self.sampling(context.decoding), mixture.spec.strata)
         averaged = None
-        if decay is not None and stage.name != "assemble":
+        if decay is not None:
             averaged = Averaged(trainee, stage.parameters(), decay)
             trainee, stage = averaged, replace(stage, after_step=averaged.follow)
             preview = replace(preview, observing=averaged.observed)
@@ -101,6 +101,10 @@ class Fostering(LowRankMethod):
         )
         if averaged is not None:
             averaged.settle()
+
+    def _decay_of(self, stage: Stage) -> float | None:
+        """The share of the old average that an update keeps; ``None`` where the last weights are kept."""
+        return None if stage.name == "assemble" else self.config.ema_decay
 
     def _trainee(self, stage: Stage, mixture: Mixture) -> Trainable:
         """What a stage changes; of a scale that is fostered by itself, only its own experts are kept."""
@@ -167,7 +171,7 @@ class Fostering(LowRankMethod):
         """Experts are fp32: their values, and of what a stage changes, averages, gradients and optimiser's state."""
         stored = 4 * mixture.count_parameters().stored
         gradients = 4 * sum(parameter.numel() for parameter in stage.parameters())
-        averages = gradients if self.config.ema_decay is not None and stage.name != "assemble" else 0
+        averages = 0 if self._decay_of(stage) is None else gradients
         return Memory(
             base, stored + averages + gradients + optimiser_bytes(self._optimiser(stage), stage), peak - gradients
         )

@@ -25,6 +25,7 @@ from timestep_experts.mixture import Mixture, Mode, ParameterCount
 from timestep_experts.models import Family, MetaModel
 from timestep_experts.training.log import LOG, read_log, training_cost
 from timestep_experts.training.loop import is_finished
+from timestep_experts.weights.switchable import are_gates_folded
 
 
 @dataclass(frozen=True)
@@ -110,12 +111,13 @@ class MergedLoraCandidate:
             yield mixture
 
     def costs(self, family: Family, mixture: Mixture | None) -> Costs:  # noqa: ARG002 - the mixture is on it
-        """The training of all experts, and the size of the LoRA."""
+        """The training of all experts, and of routers whose gates are in the LoRA; and the size of the LoRA."""
         assert mixture is not None
         counted = mixture.count_parameters()
-        experts = load_bundle(self.method.paths.bundle).tensors
-        trained = sum(tensor.numel() for name, tensor in experts.items() if ".experts." in name)
-        stages = [folder for folder in self.method.stages() if is_finished(folder) and folder.name != "assemble"]
+        made_of = load_bundle(self.method.paths.bundle)
+        has_gates = are_gates_folded(made_of)
+        trained = sum(t.numel() for name, t in made_of.tensors.items() if has_gates or ".experts." in name)
+        stages = [s for s in self.method.stages() if is_finished(s) and (has_gates or s.name != "assemble")]
         return Costs(ParameterCount(counted.stored, counted.active, trained), *training_cost(stages))
 
     def sampling(self, decoding: DecodeSettings) -> SampleSettings:
@@ -193,8 +195,7 @@ class LowRankMethod(ABC):
         trained: tuple[Mode, ...] = (
             ("route",) if self.fosters_routers else ("switch", "route") if self.assembles else ("switch",)
         )
-        wanted = self.config.modes or trained
-        return tuple(mode for mode in wanted if mode in trained) or trained
+        return tuple(mode for mode in self.config.modes or trained if mode in trained) or trained
 
     @property
     def assembling(self) -> AssembleConfig:

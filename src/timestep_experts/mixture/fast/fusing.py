@@ -167,7 +167,7 @@ class FusedExperts(NetworkHook):
     def _wanted_at(self, t: float) -> Held:
         scales, spec = self.state.active_scales(), self.state.spec
         place = None
-        if _gates_fully(self.state):
+        if _gates_need_t_alone(self.state):
             index = TimestepIndex.of(torch.tensor([t]), spec.router, spec.num_train_timesteps)
             place = (int(index.row), None if index.fraction is None else float(index.fraction))
         else:
@@ -235,13 +235,12 @@ def fused_weight(layer: MixtureLayer, held: Held) -> Tensor:
                 stack = cast("ExpertStack", layer.experts[scale.name])
                 index = torch.tensor([owners[scale.name]], device=stack.A.device)
                 down, up = (weight[0].to(total.dtype) for weight in stack.of(index))
-                gated = down if scale.name not in gates else gates[scale.name].to(total.dtype)[:, None] * down
-                constant = scale.constant_gate if scale.name not in gates else 1.0
-                total = torch.addmm(total, up, gated, alpha=constant * scale.scaling)
+                gate = gates.get(scale.name, down.new_full((1,), scale.constant_gate)).to(total.dtype)
+                total = torch.addmm(total, up, gate[:, None] * down, alpha=scale.scaling)
         return total.view(kept.shape)
 
 
-def _gates_fully(state: MixtureState) -> bool:
+def _gates_need_t_alone(state: MixtureState) -> bool:
     """Whether all gates of a call are known with its timestep, and so can stand in the weights."""
     return state.mode == "route" and bool(state.spec.gated_scales) and state.spec.router.depends_on_t_alone
 
@@ -256,7 +255,7 @@ def _gates_of(layer: MixtureLayer, held: Held) -> dict[str, Tensor]:
         torch.tensor([row], device=device), None if fraction is None else torch.tensor([fraction], device=device)
     )
     gated = layer.state.spec.gated_scales
-    return {scale.name: gates for scale, gates in zip(gated, layer.gates_at(index), strict=True)}
+    return {scale.name: gates[0] for scale, gates in zip(gated, layer.router.gates_at(index), strict=True)}
 
 
 def _forward_fused(layer: MixtureLayer, x: Tensor, y: Tensor) -> Tensor:
@@ -266,7 +265,7 @@ def _forward_fused(layer: MixtureLayer, x: Tensor, y: Tensor) -> Tensor:
             f"{layer.name}: experts are fused into this layer's weight, for calls of the whole denoiser alone;"
             " unfuse(mixture) first"
         )
-    routes = layer.state.mode == "route" and not _gates_fully(layer.state)
+    routes = layer.state.mode == "route" and not _gates_need_t_alone(layer.state)
     gated = layer.state.spec.gated_scales if routes else ()
     return layer.add_experts(x, y, gated, only_routed=True) if gated else y
 
