@@ -38,7 +38,7 @@ from diffusers.utils import logging
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from speed_cases import Case, denoiser_cases, layer_cases
+from speed_cases import Case, denoiser_cases, layer_cases, passes_of
 from speed_gap import gap
 from speed_gates import gates
 from speed_growth import Sizes, describe, grow
@@ -47,13 +47,18 @@ from speed_report import print_tables, save_growth, save_ratios
 from speed_start import start
 from speed_targets import print_targets
 from speed_timing import Budget
-from speed_tricks import tricks
-from speed_variants import PASSES, VARIANTS, Form, Pass
+from speed_tricks import comparison_cases, tricks
+from speed_variants import PASSES, VARIANTS, Form
 from speed_world import draw
 from timestep_experts.formats.atomic import write_json
 
 SECTIONS = ("layers", "denoisers", "world", "start", "growth", "gap", "tricks", "gates")
-LIST_CASES: dict[str, Callable[..., list[Case]]] = {"layers": layer_cases, "denoisers": denoiser_cases}
+LIST_CASES: dict[str, Callable[..., list[Case]]] = {
+    "layers": layer_cases,
+    "denoisers": denoiser_cases,
+    "tricks": comparison_cases,
+    "gates": comparison_cases,
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 RESULTS = Path(__file__).parent / "results"
 FORM = Form(num_experts=8, rank=4)
@@ -100,9 +105,7 @@ def parse() -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
-    help_cases = (
-        "of layers and denoisers what has this in 'case, pass', as in 'SD3.*one t'; the others stay in the file"
-    )
+    help_cases = "of layers, denoisers, tricks and gates what has this in 'case, pass', as in 'SD3.*one t'"
     parser.add_argument("--cases", metavar="REGEX", type=re.compile, default=re.compile(""), help=help_cases)
     parser.add_argument(
         "--rounds", type=int, help="at most so many (15; fewer where a round takes long, never below 3)"
@@ -164,11 +167,6 @@ def require_same_table(
         )
 
 
-def passes_of(case: Case, pattern: re.Pattern[str]) -> list[Pass]:
-    """Those passes of a case that --cases means."""
-    return [kind for kind in PASSES if pattern.search(f"{case.name}, {kind}")]
-
-
 def keep_other_cases(findings: Findings, before: dict[str, Any]) -> None:
     """Put what an earlier run has of other cases and passes before what was found of these."""
     measured = {_key(row) for row in findings.rows}
@@ -193,9 +191,9 @@ def run_section(section: str, setting: Setting, options: argparse.Namespace, con
     if section == "gap":
         return gap(setting, FORM, quick=quick)
     if section == "gates":
-        return gates(setting, FORM, quick=quick, console=console)
+        return gates(setting, FORM, options.cases, quick=quick, console=console)
     if section == "tricks":
-        return tricks(setting, FORM, quick=quick, console=console)
+        return tricks(setting, FORM, options.cases, quick=quick, console=console)
     findings = Findings()
     for case in LIST_CASES[section](setting.device, quick=quick):
         if not (passes := passes_of(case, options.cases)):

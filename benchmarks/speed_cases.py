@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
+
+from speed_variants import PASSES, Pass
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")  # of the papers, see recipes/papers
 
@@ -178,3 +181,8 @@ def stable_diffusion_3(num_layers: int, side: int, batch: int, *, tiny: bool = F
 
 def _text(batch: int, length: int, width: int) -> dict[str, Any]:
     return {"encoder_hidden_states": torch.randn(batch, length, width), "return_dict": False}
+
+
+def passes_of(case: Case, pattern: re.Pattern[str]) -> list[Pass]:
+    """Those passes of a case that a pattern means."""
+    return [kind for kind in PASSES if pattern.search(f"{case.name}, {kind}")]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
 
+import torch
 from rich.console import Console
 from torch import nn
 
-from speed_cases import Case, convolution, denoiser_cases, layer_cases, linear
+from speed_cases import Case, convolution, denoiser_cases, layer_cases, linear, passes_of
 from speed_passes import Findings, Setting, build, measure
-from speed_variants import BASE, PASSES, Form, Maker, Pass, Variant, make_route
+from speed_variants import BASE, Form, Maker, Pass, Variant, make_route
 from speed_world import draw
 from timestep_experts.mixture import PlainKernels
 from timestep_experts.mixture.fast import FastKernels, Tricks
@@ -38,34 +40,49 @@ def variants() -> dict[str, Maker]:
     return {name: partial(make_with, made) for name, made in kernels.items()}
 
 
-def tricks(setting: Setting, form: Form, *, quick: bool, console: Console) -> Findings:
-    """Layers under every pass, and eager also a whole UNet and the embedded world."""
-    return compare(variants(), ALL, setting, replace(form, num_contexts=1), quick=quick, console=console)
+def tricks(setting: Setting, form: Form, pattern: re.Pattern[str], *, quick: bool, console: Console) -> Findings:
+    """See `compare`."""
+    return compare(variants(), ALL, setting, replace(form, num_contexts=1), pattern, quick=quick, console=console)
+
+
+def comparison_cases(device: torch.device, *, quick: bool) -> list[Case]:
+    """Layers, and a whole UNet."""
+    layers = layer_cases(device, quick=True) if quick else _layers()
+    return [*layers, *denoiser_cases(device, quick=quick)[:1]]
 
 
 def compare(
-    makers: Mapping[str, Maker], first: str, setting: Setting, form: Form, *, quick: bool, console: Console
+    makers: Mapping[str, Maker],
+    first: str,
+    setting: Setting,
+    form: Form,
+    pattern: re.Pattern[str],
+    *,
+    quick: bool,
+    console: Console,
 ) -> Findings:
-    """Variants beside one of them.
+    """Variants beside one of them: layers under every pass, and eager also a whole UNet and the embedded world.
 
     Args:
         makers: the one that others are divided by stands first, under the name of the base.
         first: what it is called in the table.
         setting: device, dtype and time.
         form: of what is attached.
+        pattern: of the cases and passes that are meant; the world is called "world".
         quick: tiny sizes.
         console: for the status.
     """
     setting = replace(setting, memory=False)
     findings = Findings()
-    cases = layer_cases(setting.device, quick=True) if quick else _layers()
-    cases += [] if setting.compiled else denoiser_cases(setting.device, quick=quick)[:1]
-    for case in cases:
+    cases = comparison_cases(setting.device, quick=quick)
+    for case in cases[:-1] if setting.compiled else cases:
+        if not (passes := passes_of(case, pattern)):
+            continue
         base = build(case, setting)
-        for kind in PASSES:
+        for kind in passes:
             with console.status(f"{case.name}, {kind}{', compiled' if setting.compiled else ''}"):
                 findings.rows += measure(case, base, kind, makers, form, setting).rows
-    if not setting.compiled:
+    if not setting.compiled and pattern.search("world"):
         findings.rows += draw(setting, form, quick=quick, makers=makers).rows
     for row in findings.rows:
         row["variant"] = first if row["variant"] == BASE else row["variant"]

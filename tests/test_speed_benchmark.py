@@ -127,7 +127,7 @@ def test_every_trick_is_left_out_once(speed: SimpleNamespace) -> None:
 
 def test_gates_of_every_form_are_measured_beside_one_lora(speed: SimpleNamespace) -> None:
     makers = speed.gates.variants()
-    assert list(makers) == ["base", "PEFT LoRA", *speed.gates.FORMS]
+    assert list(makers) == ["base", "PEFT LoRA", *speed.gates.FORMS, *speed.gates.WITHOUT]
     require_measured(speed, makers, speed.variants.Form(rank=4))
 
 

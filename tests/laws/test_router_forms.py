@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import TARGETS, attach_to_layer, max_error, normal, randomise, scales, tiny_unet, unet_inputs
 from timestep_experts.errors import UserError
@@ -13,6 +14,7 @@ from timestep_experts.formats import Bundle
 from timestep_experts.inference import attach, detach
 from timestep_experts.intervals import Partition
 from timestep_experts.mixture import Mixture, MixtureSpec, RouterForm, Scale, fuse, unfuse
+from timestep_experts.mixture.fast import FastKernels
 from timestep_experts.mixture.plain import latent_rms
 from timestep_experts.mixture.router import Router
 from timestep_experts.mixture.router_form import TimestepIndex
@@ -177,6 +179,30 @@ def test_gates_of_a_sample_do_not_depend_on_the_batch(form):
         for row in range(3):
             alone = net(x[row : row + 1], MIXED_T[row : row + 1])
             assert max_error(alone[0], together[row]) <= 2e-6  # fp32, values near 1
+
+
+class Operators(TorchDispatchMode):
+    """How many operators are called."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_tables_of_all_layers_are_read_as_one(either_kernels):
+    counts, form = {}, RouterForm("rank", "t", knots=9, unit_rms=True)
+    for mode in ("switch", "route"):
+        unet = tiny_unet()
+        mixture = randomise(Mixture.attach(unet, MixtureSpec(rank_scales(1), form), TARGETS))
+        mixture.mode = mode
+        with Operators() as operators:
+            predict(unet, MIXED_T)
+        counts[mode] = operators.count
+    per_layer = (counts["route"] - counts["switch"]) / len(mixture.layers)
+    # gates take a few operators in each layer; a table by itself would take a dozen more
+    assert (per_layer < 8) == (either_kernels is FastKernels)
 
 
 def test_padding_is_not_heard_in_latents():

@@ -23,6 +23,8 @@ from timestep_experts.mixture.plain import mean_pool
 from timestep_experts.mixture.router import Router, gate_table
 from timestep_experts.mixture.router_form import TimestepIndex
 
+MOST_JOINED_ROWS = 64
+"""Tables of more rows are read one by one: joining them would copy more than it saves."""
 _PLAIN_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -36,9 +38,7 @@ class Tricks:
             written once.
         overwrite: without gradients, the base layer's own output is added to in place.
         conv_by_fold: a convolution by every row's own experts is a product and a sum (`_conv_by_fold`).
-        joined_tables: the tables of all routers are read as one.
-        gates_on_experts: gates that all positions share are multiplied with B and not with the features, where B is
-            smaller.
+        joined_tables: the tables of all routers are read as one, where they have few rows.
         terms: while compiling, products of small rank are written term by term, so that they fuse with their
             surroundings.
     """
@@ -48,7 +48,6 @@ class Tricks:
     overwrite: bool = True
     conv_by_fold: bool = True
     joined_tables: bool = True
-    gates_on_experts: bool = True
     terms: bool = True
 
 
@@ -63,9 +62,10 @@ class FastKernels:
     tricks: Tricks = Tricks()
 
     def read_tables(self, routers: Sequence[Router], index: TimestepIndex) -> Sequence[Tensor]:
-        """Join all tables and read them once: a network has hundreds, of a few numbers each."""
+        """Join small tables and read them once: a network has hundreds, of a few numbers each."""
         tables: list[Tensor] = [table for router in routers for table in router.tables]
-        if not self.tricks.joined_tables or len({table.device for table in tables}) > 1:
+        is_small = len(tables[0]) <= MOST_JOINED_ROWS
+        if not self.tricks.joined_tables or not is_small or len({table.device for table in tables}) > 1:
             return [index.read(router.table().to(index.row.device)) for router in routers]
         base = torch.cat([router.base for router in routers])
         joined = gate_table(torch.cat(tables, 1), base, routers[0].form)
@@ -136,16 +136,6 @@ class FastKernels:
             y = self._add_joined(y, h, [up], [strength], geometry, in_place)
         return y
 
-    def _suit_experts(self, strengths: Sequence[Strength], hidden: Tensor, geometry: LayerGeometry) -> bool:
-        """Whether strengths are better multiplied with B ``(B, d, r)`` than with the features."""
-        gates = [strength for strength in strengths if isinstance(strength, Tensor)]
-        if not gates or not self.tricks.gates_on_experts:
-            return not gates
-        is_possible = all(gate.shape[1] == 1 and (geometry.groups == 1 or gate.shape[2] == 1) for gate in gates)
-        is_shared = all(len(gate) == 1 for gate in gates)
-        num_positions = hidden.shape[2 if geometry.is_convolution else 1]
-        return is_possible and (is_shared or num_positions > geometry.out_features)
-
     def _add_joined(
         self,
         y: Tensor,
@@ -155,11 +145,8 @@ class FastKernels:
         geometry: LayerGeometry,
         in_place: bool,
     ) -> Tensor:
-        if self._suit_experts(strengths, hidden, geometry):
-            ups = [
-                up if isinstance(strength, float) and strength == 1 else (up * strength).to(up.dtype)
-                for up, strength in zip(ups, strengths, strict=True)
-            ]
+        if all(isinstance(strength, float) for strength in strengths):
+            ups = [up if strength == 1 else up * strength for up, strength in zip(ups, strengths, strict=True)]
         else:  # on the features, so that samples of one t share B whatever their gates are
             spread = _over_ranks(strengths, ups, geometry.groups).to(hidden.dtype)
             hidden = hidden * (spread.transpose(1, 2) if geometry.is_convolution else spread)
